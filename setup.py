@@ -1,0 +1,41 @@
+"""Packaging: every value comes from settings.ini (the nbdev 2 configuration)."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+parser = ConfigParser(delimiters=["="])
+parser.read(HERE / "settings.ini", encoding="utf-8")
+cfg = parser["DEFAULT"]
+
+LICENSES = {"apache2": "Apache-2.0"}
+LIB = cfg["lib_path"]
+# The embedded data set: in a wheel it lies inside the package, in a checkout it stays in data/.
+DATA = {f"{LIB}.easy_vqa": "data/easy_vqa"}
+
+
+def words(key):
+    return cfg.get(key, "").split()
+
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    url=cfg["git_url"],
+    license=LICENSES[cfg["license"]],
+    keywords=cfg["keywords"],
+    packages=find_packages(include=[LIB, f"{LIB}.*"]) + list(DATA),
+    package_dir=DATA,
+    package_data={package: ["*.parquet", "README.md"] for package in DATA},
+    python_requires=f">={cfg['min_python']}",
+    install_requires=words("requirements"),
+    extras_require={"dev": words("dev_requirements"), "cuda": words("cuda_requirements")},
+    entry_points={"console_scripts": words("console_scripts"), "nbdev": [f"{LIB}={LIB}._modidx:d"]},
+    zip_safe=False,
+)
