@@ -10,7 +10,7 @@ import importlib
 
 import torch
 
-from .scan_parallel import selective_scan_chunked
+from .scan_parallel import selective_scan_blelloch, selective_scan_chunked, selective_scan_hillis_steele
 from .scan_reference import check_scan_inputs, selective_scan_reference
 
 # %% ../nbs/04_scan.ipynb #19f78eb8
@@ -53,6 +53,8 @@ def _selective_scan_mamba_ssm(u, delta, A, B, C, D=None, z=None, delta_bias=None
 # %% ../nbs/04_scan.ipynb #1299ee4e
 _BACKENDS = {                                   # name: (the scan, what keeps it from running here: None or a reason)
     "reference": (selective_scan_reference, lambda: None),
+    "hillis_steele": (selective_scan_hillis_steele, lambda: None),
+    "blelloch": (selective_scan_blelloch, lambda: None),
     "chunked": (selective_scan_chunked, lambda: None),
     "mamba_ssm": (_selective_scan_mamba_ssm, _without_mamba_ssm),
 }
