@@ -1,0 +1,138 @@
+"""The house: what a clone holds, and what the notebooks may not hold."""
+import ast
+import json
+import re
+import subprocess
+from configparser import ConfigParser
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+CHAPTERS = [p for p in NOTEBOOKS if p.name[0].isdigit()]
+TOP = {"README.md", "LICENSE", "settings.ini", "setup.py", "MANIFEST.in", ".gitignore", ".ci", ".github", "nbs", "vlmamba_lite", "data", "tests"}
+MACHINE_PATH = re.compile(r"(?<![\w./:])/(?:root|home|Users|work|tmp|opt|usr|mnt|var)/\w+")
+
+
+def settings():
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def tracked():
+    run = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        pytest.skip("not a git checkout")
+    return run.stdout.splitlines()
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def module_of(notebook):
+    found = [re.search(r"^#\|\s*default_exp (\S+)", c.source, re.M) for c in read(notebook).cells]
+    return next((m[1] for m in found if m), None)
+
+
+def test_top_level():
+    assert {name.split("/")[0] for name in tracked()} <= TOP
+
+
+def test_no_file_is_huge():
+    assert not [name for name in tracked() if (ROOT / name).is_file() and (ROOT / name).stat().st_size > 3_000_000]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_stored_outputs(path):
+    "No error, no path of the machine it ran on, no address of an object; every chapter's code has been run."
+    for i, cell in enumerate(read(path).cells):
+        outputs = cell.get("outputs", [])
+        assert not [o for o in outputs if o.output_type == "error"], f"cell {i} holds an error"
+        assert not [o for o in outputs if o.get("name") == "stderr"], f"cell {i} holds a warning"
+        text = json.dumps([cell.source, [o for o in outputs]])
+        assert not MACHINE_PATH.search(text), f"cell {i}: {MACHINE_PATH.search(text)[0]}"
+        assert " at 0x" not in text, f"cell {i} shows an address"
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_chapter_form(path):
+    "A title, a line that says what one will be able to do, a figure, short cells."
+    cells = read(path).cells
+    assert cells[0].cell_type == "markdown" and re.match(r"# .+\n\n> .+", cells[0].source)
+    pictures = [o for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert pictures or path.stem == "20_command_line"
+    for i, cell in enumerate(cells):
+        lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#|")]
+        assert cell.cell_type != "code" or len(lines) <= 30, f"cell {i} has {len(lines)} lines"
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_chapter_imports_only_earlier_chapters(path):
+    number = {module_of(p): int(p.name[:2]) for p in CHAPTERS}
+    for cell in read(path).cells:
+        if cell.cell_type == "code":
+            for name in re.findall(r"^\s*from vlmamba_lite\.(\w+) import", cell.source, re.M):
+                assert number[name] < int(path.name[:2]), f"imports {name}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_between_chapters(path):
+    for cell in read(path).cells:
+        if cell.cell_type == "markdown":
+            for target in re.findall(r"\]\(([^)#\s]+\.ipynb)", cell.source):
+                assert (path.parent / target).is_file(), f"links to {target}"
+
+
+def exported_modules():
+    return [ROOT / "vlmamba_lite" / f"{module_of(p)}.py" for p in CHAPTERS if module_of(p)]
+
+
+def test_every_module_has_its_notebook():
+    written = set((ROOT / "vlmamba_lite").glob("*.py"))
+    assert {p.name for p in written} - {p.name for p in exported_modules()} == {"__init__.py", "_modidx.py"}
+
+
+@pytest.mark.parametrize("path", exported_modules(), ids=lambda p: p.stem)
+def test_public_names_have_docstrings(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    named = [d for d in tree.body if isinstance(d, ast.FunctionDef | ast.ClassDef) and not d.name.startswith("_")]
+    assert not [d.name for d in named if not ast.get_docstring(d)]
+
+
+def test_versions_agree():
+    import vlmamba_lite
+    assert settings()["version"] == vlmamba_lite.__version__
+
+
+def test_readme_is_the_index():
+    from readme import readme
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == readme()
+
+
+def test_readme_links_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"(?:\]\(|src=\")(?!https?:|#)([^)\"#\s]+)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    text, ci = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", ".ci/run"))
+    assert 'pip install -e ".[dev]" && pytest' in text and 'pip install --quiet -e ".[dev]" && pytest' in ci
+    assert "pip install -e . && vlmamba train" in text
+
+
+def test_result_files_say_where_they_come_from():
+    for path in (ROOT / "data" / "results").glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert {"commit", "command", "hardware", "versions", "date"} <= set(result), path.name
+        assert not MACHINE_PATH.search(path.read_text(encoding="utf-8")), path.name
+
+
+def test_author_and_addresses():
+    config = settings()
+    assert config["author"] == "vlmamba_lite contributors"
+    assert config["requirements"].split()[0] == "torch>=2.6,<2.14"
