@@ -21,9 +21,9 @@ def _need(ok, name, got, need):
 
 
 def _check_kinds(u, **arguments):
-    "Every argument that is given is a tensor of real floating-point numbers on the device of u."
+    "Every argument is a tensor of real floating-point numbers on the device of u; four of them may be None."
     for name, x in {"u": u, **arguments}.items():
-        if x is not None:
+        if x is not None or name not in ("D", "z", "delta_bias", "initial_state"):
             _need(isinstance(x, torch.Tensor), name, type(x).__name__, "a tensor")
             _need(x.is_floating_point(), name, x.dtype, "a real floating-point dtype")
             _need(x.device == u.device, name, x.device, f"{u.device}, the device of u")
