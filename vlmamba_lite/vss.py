@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['PATHS', 'SCANS', 'scan_order', 'plot_scan_order', 'cross_scan', 'unscan', 'cross_merge', 'vss_directions',
            'vss_definition', 'DirectionWeights', 'direction_weights', 'scan_inputs', 'direction_scan', 'check_tokens',
-           'VSS']
+           'VSS', 'SS2D', 'VMambaBlock', 'receptive_field', 'plot_patch_maps', 'hidden_attention', 'vss_step_sizes',
+           'vss_attention']
 
 # %% ../nbs/06_vss.ipynb #7daf5887
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from .mamba import Mamba, causal_conv1d
 from .scan import selective_scan
-from .scan_reference import scan_dtype
+from .scan_reference import prepare_scan, scan_dtype
 
 # %% ../nbs/06_vss.ipynb #9571d799
 def _rows(height, width, device=None):
@@ -52,7 +54,7 @@ def _draw_path(ax, path, width):
     "One path (L,) over the grid, dark at its start and bright at its end; jumps to far patches are drawn thin."
     from matplotlib.collections import LineCollection
     points = torch.stack([path % width, path // width], -1).tolist()     # (x, y) of each step
-    lines = list(zip(points[:-1], points[1:]))
+    lines = list(pairwise(points))
     widths = [1.8 if max(abs(x1 - x0), abs(y1 - y0)) <= 1 else 0.5 for (x0, y0), (x1, y1) in lines]
     collection = LineCollection(lines, cmap="plasma", linewidths=widths)
     collection.set_array([0.92 * i / len(lines) for i in range(len(lines))])
@@ -152,7 +154,8 @@ def scan_inputs(u, weights):
     delta = step @ weights.dt_proj.mT                                    # (B, K, L, D)
     bias, A_log, D = (_merged(p, K) for p in weights[2:])
     u, delta = (t.mT.flatten(1, 2) for t in (u, delta))                  # (B, K * D, L)
-    return dict(u=u, delta=delta, A=-torch.exp(A_log), B=B.mT, C=C.mT, D=D, delta_bias=bias, delta_softplus=True)
+    return {"u": u, "delta": delta, "A": -torch.exp(A_log), "B": B.mT, "C": C.mT, "D": D, "delta_bias": bias,
+            "delta_softplus": True}
 
 # %% ../nbs/06_vss.ipynb #a81e3cc6
 def direction_scan(u, weights, backend="auto"):
@@ -169,11 +172,17 @@ def _direction_conv(u, mixers):
     return F.silu(y).unflatten(2, u.shape[1::2]).transpose(1, 2)
 
 # %% ../nbs/06_vss.ipynb #0d44744f
+def _sequences(mixers, x, order):
+    "What the scans of K Mamba layers read, after convolution and SiLU, and the gates. x (B, L, C) -> (B, K, L, D) each."
+    u, z = torch.stack([m.in_proj(x) for m in mixers], 1).chunk(2, -1)   # in the picture's order
+    u = u.gather(2, order[None, :, :, None].expand_as(u))                # each along its own path
+    return _direction_conv(u, mixers), z
+
+
 def _own_form(mixers, x, order):
     "`vss_definition` with a Mamba layer for each scan: one convolution and one grouped scan for all of them."
-    u, z = torch.stack([m.in_proj(x) for m in mixers], 1).chunk(2, -1)   # (B, K, L, D) each, in the picture's order
-    u = u.gather(2, order[None, :, :, None].expand_as(u))                # each along its own path
-    y = direction_scan(_direction_conv(u, mixers), direction_weights(mixers), mixers[0].backend)
+    u, z = _sequences(mixers, x, order)                                  # (B, K, L, D) each
+    y = direction_scan(u, direction_weights(mixers), mixers[0].backend)
     y = unscan(y, order) * F.silu(z)
     return sum(m.out_proj(y_k) for m, y_k in zip(mixers, y.unbind(1)))
 
@@ -186,24 +195,32 @@ def check_tokens(x, size, dim, name="x"):
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, need {need}")
 
 # %% ../nbs/06_vss.ipynb #9d3d508f
-def _check_options(scan, mixer, merge):
+def _make_mixers(dim, scan, mixer, shared, merge, mixer_args):
+    "The mixers of a VSS: one, or one for each scan."
     if scan not in SCANS:
         raise ValueError(f"scan: got {scan!r}, need one of {sorted(SCANS)}")
     if mixer != "mamba" and not callable(mixer):
         raise ValueError(f"mixer: got {mixer!r}, need 'mamba' or a function of (dim, **mixer_args) that makes a module")
     if merge not in ("sum", "mean"):
         raise ValueError(f"merge: got {merge!r}, need 'sum' or 'mean'")
+    make, layers = Mamba if mixer == "mamba" else mixer, 1 if shared else 2 * len(SCANS[scan])
+    return nn.ModuleList(make(dim, **mixer_args) for _ in range(layers))
 
 # %% ../nbs/06_vss.ipynb #7d5cb677
-def _vss(mixers, x, order, merge):
+def _vss(mixers, x, order):
     "The fastest form that these mixers have."
     if not isinstance(mixers[0], Mamba):
-        y = vss_definition(mixers, x, order)
-    elif len(mixers) == 1:
-        y = _shared_form(mixers[0], x, order)
-    else:
-        y = _own_form(mixers, x, order)
-    return y / len(order) if merge == "mean" else y
+        return vss_definition(mixers, x, order)
+    if len(mixers) == 1:
+        return _shared_form(mixers[0], x, order)
+    return _own_form(mixers, x, order)
+
+
+def _order_of(vss, x, size):
+    "The order of a module's scans over x, and what to divide their sum by. Raises a `ValueError` if size does not fit x."
+    check_tokens(x, size, vss.dim)
+    order = scan_order(*size, vss.scan, x.device)
+    return order, len(order) if vss.merge == "mean" else 1
 
 # %% ../nbs/06_vss.ipynb #efeb6283
 class VSS(nn.Module):
@@ -214,12 +231,207 @@ class VSS(nn.Module):
     """
     def __init__(self, dim, scan="bsm", mixer="mamba", shared=True, merge="sum", **mixer_args):
         super().__init__()
-        _check_options(scan, mixer, merge)
         self.dim, self.scan, self.shared, self.merge = dim, scan, shared, merge
-        make, layers = Mamba if mixer == "mamba" else mixer, 1 if shared else 2 * len(SCANS[scan])
-        self.mixers = nn.ModuleList(make(dim, **mixer_args) for _ in range(layers))
+        self.mixers = _make_mixers(dim, scan, mixer, shared, merge, mixer_args)
+
+    def forward(self, x, size):
+        "x (B, height * width, dim), size (height, width) -> (B, height * width, dim)"
+        order, parts = _order_of(self, x, size)
+        return _vss(self.mixers, x, order) / parts
+
+    def directions(self, x, size):
+        "What each scan adds to the output, by definition: (B, K, height * width, dim), whose sum is the output."
+        order, parts = _order_of(self, x, size)
+        return vss_directions(self.mixers, x, order) / parts
+
+# %% ../nbs/06_vss.ipynb #77bbd771
+def _zigzag(height, width, device=None):
+    "Row by row, every other row from right to left: each step goes to a neighbour."
+    grid = _rows(height, width, device).view(height, width)
+    grid[1::2] = grid[1::2].flip(1)
+    return grid.flatten()
+
+
+def _diagonal(height, width, device=None):
+    "Diagonal by diagonal from the top left corner, each from its top right to its bottom left."
+    patch = _rows(height, width, device)
+    return (patch % width + patch // width).argsort(stable=True)
+
+# %% ../nbs/06_vss.ipynb #cd4df9e9
+def _hilbert(height, width, device=None):
+    "Hilbert's curve over the smallest square of side 2^n that holds the grid, without the patches outside the grid."
+    patch = _rows(height, width, device)
+    x, y, place = patch % width, patch // width, torch.zeros_like(patch)
+    side = 1 << (max(height, width) - 1).bit_length()
+    half = side // 2
+    while half:
+        right, down = x // half % 2, y // half % 2                       # which quadrant: one bit of x, one of y
+        place += half * half * (3 * right + down - 2 * right * down)     # quadrants in the order 00, 01, 11, 10
+        x, y = torch.where(right > down, side - 1 - x, x), torch.where(right > down, side - 1 - y, y)
+        x, y = torch.where(down == 0, y, x), torch.where(down == 0, x, y)
+        half //= 2
+    return place.argsort()
+
+# %% ../nbs/06_vss.ipynb #2495dfbd
+PATHS.update(zigzag=_zigzag, diagonal=_diagonal, hilbert=_hilbert)
+SCANS.update(zigzag=["zigzag"], diagonal=["diagonal"], hilbert=["hilbert"])
+
+# %% ../nbs/06_vss.ipynb #902ed0f3
+def _ss2d_parameters(dim, directions, **mamba_args):
+    "The scans' parameters under VMamba's names, each direction initialised as a Mamba layer is."
+    weights = direction_weights([Mamba(dim, **mamba_args) for _ in range(directions)])
+    x_proj, dt_proj, dt_bias, A_log, D = (nn.Parameter(w.detach()) for w in weights)
+    A_log, D = nn.Parameter(A_log.detach().flatten(0, 1)), nn.Parameter(D.detach().flatten())
+    A_log._no_weight_decay = D._no_weight_decay = dt_bias._no_reinit = True
+    return {"x_proj_weight": x_proj, "dt_projs_weight": dt_proj, "dt_projs_bias": dt_bias, "A_logs": A_log, "Ds": D}
+
+# %% ../nbs/06_vss.ipynb #2c7742f6
+class SS2D(nn.Module):
+    "VMamba's 2-D selective scan (arXiv 2401.10166, section 4.2), vanilla form, parameter names as in its code."
+    def __init__(self, dim, d_state=16, d_conv=3, expand=2, dt_rank="auto", scan="csm", backend="auto"):
+        super().__init__()
+        self.dim, self.scan, self.backend, d_inner = dim, scan, backend, int(expand * dim)
+        self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False)
+        self.conv2d = nn.Conv2d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv // 2)
+        K = len(scan_order(1, 1, scan))
+        for name, p in _ss2d_parameters(dim, K, d_state=d_state, expand=expand, dt_rank=dt_rank).items():
+            self.register_parameter(name, p)
+        self.out_norm = nn.LayerNorm(d_inner)
+        self.out_proj = nn.Linear(d_inner, dim, bias=False)
 
     def forward(self, x, size):
         "x (B, height * width, dim), size (height, width) -> (B, height * width, dim)"
         check_tokens(x, size, self.dim)
-        return _vss(self.mixers, x, scan_order(*size, self.scan, x.device), self.merge)
+        return _ss2d(self, x, size)
+
+# %% ../nbs/06_vss.ipynb #43f55f95
+def _ss2d(m, x, size):
+    "in_proj -> 3 x 3 convolution, SiLU -> cross scan, K selective scans, cross merge -> LayerNorm -> gate -> out_proj"
+    u, z = m.in_proj(x).chunk(2, -1)                                     # (B, L, d_inner) each
+    u = F.silu(m.conv2d(u.mT.unflatten(2, size))).flatten(2).mT
+    K, order = len(m.x_proj_weight), scan_order(*size, m.scan, x.device)
+    A_log, D = m.A_logs.unflatten(0, (K, -1)), m.Ds.unflatten(0, (K, -1))
+    weights = DirectionWeights(m.x_proj_weight, m.dt_projs_weight, m.dt_projs_bias, A_log, D)
+    y = cross_merge(direction_scan(cross_scan(u, order), weights, m.backend), order)
+    return m.out_proj(m.out_norm(y) * F.silu(z))
+
+# %% ../nbs/06_vss.ipynb #63c2284c
+class VMambaBlock(nn.Module):
+    "VMamba's vanilla block: x + SS2D(LayerNorm(x))."
+    def __init__(self, dim, **ss2d_args):
+        super().__init__()
+        self.norm, self.op = nn.LayerNorm(dim), SS2D(dim, **ss2d_args)
+
+    def forward(self, x, size):
+        return x + self.op(self.norm(x), size)
+
+# %% ../nbs/06_vss.ipynb #8037d702
+def _mean_gradient(token, signs, x):
+    "sqrt of the mean over batch and signs of || d (v . token) / d x_j ||^2. token (B, C), signs (n, C) -> (L,)"
+    total = 0
+    for v in signs:
+        g, = torch.autograd.grad((token @ v).sum(), x, retain_graph=True)
+        total = total + g.detach().double().square().sum(-1).mean(0)
+    return (total / len(signs)).sqrt()
+
+# %% ../nbs/06_vss.ipynb #c5bbfdb0
+@torch.enable_grad()
+def receptive_field(f, x, size, at, probes=8, seed=0):
+    """How strongly each patch moves the output token at = (row, column): the effective receptive field of `f` at x.
+
+    f(x, size) -> (B, L, C), or (B, K, L, C) for a map of each direction (`VSS.directions`); x (B, height * width, C').
+    -> (height, width) or (K, height, width): Frobenius norms of Jacobian blocks, root mean square over the batch,
+    estimated with `probes` random sign vectors.
+    """
+    if not (0 <= at[0] < size[0] and 0 <= at[1] < size[1]):
+        raise ValueError(f"at: got {tuple(at)}, need a (row, column) of the grid {size[0]} x {size[1]}")
+    x = x.detach().clone().requires_grad_()
+    token = f(x, size)[..., at[0] * size[1] + at[1], :]                  # (B, C) or (B, K, C)
+    signs = torch.randint(2, (probes, token.shape[-1]), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    if token.ndim == 2:
+        return _mean_gradient(token, signs.to(token), x).view(size)
+    return torch.stack([_mean_gradient(t, signs.to(t), x).view(size) for t in token.unbind(1)])
+
+# %% ../nbs/06_vss.ipynb #6d397c4e
+def _draw_map(ax, values, decades):
+    "One map relative to its largest value; linear, or logarithmic over some decades. Returns the image."
+    values = (values / values.max().clamp(min=1e-300)).detach().double().cpu()
+    shown = values.where(values > 0, torch.nan)
+    if decades:
+        shown = shown.log10()
+    ax.set(xticks=[], yticks=[], facecolor="0.85")
+    ax.spines[:].set_visible(False)
+    return ax.imshow(shown.tolist(), vmin=-decades, vmax=0 if decades else 1)
+
+# %% ../nbs/06_vss.ipynb #e1aa5489
+def plot_patch_maps(maps, titles=None, at=(), decades=0, axes=None):
+    """Pictures of patch maps (n, height, width), each relative to its largest value; grey where exactly zero.
+
+    at: a (row, column) to mark on every map, or a list of one for each. decades: how many a logarithmic scale shows,
+    0 for a linear scale. Returns the axes.
+    """
+    import matplotlib.pyplot as plt
+    if axes is None:
+        axes = plt.subplots(1, len(maps), figsize=(min(6, 1.3 * len(maps) + 0.5), 1.6), squeeze=False)[1][0]
+    marks = at if at and not isinstance(at[0], int) else [at] * len(maps)
+    images = [_draw_map(ax, values, decades) for ax, values in zip(axes, maps)]
+    for i, mark in enumerate(marks):
+        axes[i].set_title(titles[i] if titles else "")
+        axes[i].plot(*mark[::-1], "s", markerfacecolor="none", markeredgecolor="#e8463a", markersize=7)
+    axes[0].figure.colorbar(images[-1], ax=list(axes), label=r"$\log_{10}$" if decades else "", shrink=0.8)
+    return axes
+
+# %% ../nbs/06_vss.ipynb #206089e4
+def hidden_attention(delta, A, B, C, delta_bias=None, delta_softplus=False):
+    """The selective scan as a matrix for each channel: y = M u (+ D u). Shapes of the arguments as for `selective_scan`.
+
+    delta (B, D, L); A (D, N); B, C (D, N) | (B, N, L) | (B, G, N, L) -> M (B, D, L, L), lower triangular (Ali et al.,
+    arXiv 2403.01590). Needs memory for several tensors of M's size: give it a few channels at a time.
+    """
+    _, dt, A, B, C, _ = prepare_scan(delta, delta, A, B, C, None, None, delta_bias, delta_softplus)
+    per, total = delta.shape[1] // B.shape[1], dt.double().cumsum(-1)
+    gap = (total[..., :, None] - total[..., None, :]).clamp(min=0).to(dt.dtype)      # sum of dt from s + 1 to t
+    M = 0
+    for n in range(A.shape[1]):
+        b, c = (X[:, :, n].repeat_interleave(per, 1) for X in (B, C))    # (B, D, L)
+        M = M + c[..., :, None] * torch.exp(A[:, n, None, None] * gap) * b[..., None, :]
+    return (M * dt[..., None, :]).tril()
+
+# %% ../nbs/06_vss.ipynb #b87d80e8
+def _listening(inputs, k, K, channels):
+    "Mean over some channels of |M| for direction k of K, in the order of its scan. -> (B, L, L)"
+    bias = inputs["delta_bias"].unflatten(0, (K, -1))[k]
+    delta, A = inputs["delta"].unflatten(1, (K, -1))[:, k], inputs["A"].unflatten(0, (K, -1))[k]
+    B, C = inputs["B"][:, k], inputs["C"][:, k]
+    parts = [hidden_attention(delta[:, c], A[c], B, C, bias[c], True).abs().sum(1) for c in channels.split(8)]
+    return sum(parts) / len(channels)
+
+# %% ../nbs/06_vss.ipynb #7ccb35e5
+def _scans_of(vss, x, size):
+    "What a VSS gives to `selective_scan` for x, as scans with weights of their own, and the order (K, L)."
+    order, _ = _order_of(vss, x, size)
+    mixers = list(vss.mixers) * (len(order) // len(vss.mixers))
+    return scan_inputs(_sequences(mixers, x, order)[0], direction_weights(mixers)), order
+
+
+@torch.no_grad()
+def vss_step_sizes(vss, x, size):
+    "The step size each direction takes at each patch, mean over channels. x (B, height * width, dim) -> (B, K, L)."
+    inputs, order = _scans_of(vss, x, size)
+    dt = F.softplus(inputs["delta"] + inputs["delta_bias"][:, None]).unflatten(1, (len(order), -1))   # (B, K, D, L)
+    return unscan(dt.mean(2)[..., None], order)[..., 0]
+
+# %% ../nbs/06_vss.ipynb #8a643275
+@torch.no_grad()
+def vss_attention(vss, x, size, channels=64):
+    """Which patch listened to which in a `VSS` of Mamba layers: mean |hidden attention| of each direction.
+
+    x (B, height * width, dim), the input of the VSS -> (B, K, L, L): entry (i, j) is what patch i takes up of patch j,
+    both numbered in the picture's row-major order. `channels`: how many to average, evenly spaced.
+    """
+    inputs, order = _scans_of(vss, x, size)
+    K, D = len(order), len(inputs["D"]) // len(order)
+    chosen = torch.linspace(0, D - 1, min(channels, D), device=x.device).round().long()
+    back = order.argsort(1)
+    M = [_listening(inputs, k, K, chosen)[:, back[k]][:, :, back[k]] for k in range(K)]
+    return torch.stack(M, 1)
