@@ -69,7 +69,7 @@ def _scan_with(states, u, delta, A, B, C, D, z, delta_bias, delta_softplus, init
     dt, x = (i.permute(2, 0, 1).unsqueeze(3) for i in (dt, x))                                # (L, B, D, 1)
     h = states(torch.exp(dt * A), dt * x * _per_token(B, u.shape[1]), h0)                     # (L, B, D, N)
     y = finish_scan((_per_token(C, u.shape[1]) * h).sum(-1).permute(1, 2, 0), u, D, z)
-    return (y, h[-1]) if return_last_state else y
+    return (y, h[-1].clone()) if return_last_state else y                                     # not a view of all states
 
 # %% ../nbs/02_scan_parallel.ipynb #7d6b1788
 def _hillis_steele_states(a, x, h0):
@@ -100,16 +100,33 @@ def selective_scan_blelloch(u, delta, A, B, C, D=None, z=None, delta_bias=None, 
                       return_last_state)
 
 # %% ../nbs/02_scan_parallel.ipynb #5a505d79
-def _to_time(x, G):
-    "(B, D, L) -> (L, B, G, P), contiguous"
-    b, d, L = x.shape
-    return x.permute(2, 0, 1).contiguous().view(L, b, G, d // G)
-
-
 def _to_rows(X, G):
     "(..., D, N) -> (..., G, N, P)"
     *lead, d, n = X.shape
     return X.reshape(*lead, G, d // G, n).transpose(-1, -2)
+
+# %% ../nbs/02_scan_parallel.ipynb #5b43a7ba
+class _Transpose(torch.autograd.Function):
+    "A matrix transposed in memory, and its gradient transposed back in memory."
+    @staticmethod
+    def forward(ctx, x):
+        return x.t().contiguous()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.t().contiguous()
+
+# %% ../nbs/02_scan_parallel.ipynb #60d97fae
+def _to_time(x, G):
+    "(B, D, L) -> (L, B, G, P), contiguous"
+    b, d, L = x.shape
+    x = _Transpose.apply(x.view(b * d, L)) if x.is_contiguous() else x.permute(2, 0, 1).contiguous()
+    return x.view(L, b, G, d // G)
+
+
+def _from_time(y, like):
+    "(L, B, G, P) -> (B, D, L), contiguous if `like` is."
+    return _Transpose.apply(y.flatten(1)).view(like.shape) if like.is_contiguous() else y.flatten(2).permute(1, 2, 0)
 
 # %% ../nbs/02_scan_parallel.ipynb #81c28a53
 def _at(X, now):
@@ -237,5 +254,5 @@ def selective_scan_chunked(u, delta, A, B, C, D=None, z=None, delta_bias=None, d
     G = math.lcm(*(g.shape[1] for X, g in ((B, Bg), (C, Cg)) if X.ndim > 2))                  # 1 if both are constant
     dt, Bt, Ct = _to_time(dt, G), _matrix_to_time(B, Bg, G), _matrix_to_time(C, Cg, G)
     y, h = ChunkedScan.apply(dt, dt * _to_time(x, G), _to_rows(A, G).contiguous(), Bt, Ct, _to_rows(h0, G), chunk_size)
-    y = finish_scan(y.flatten(2).permute(1, 2, 0), u, D, z)                                   # (L, B, G, P) -> (B, D, L)
+    y = finish_scan(_from_time(y, u), u, D, z)
     return (y, h.transpose(-1, -2).reshape(h0.shape)) if return_last_state else y
