@@ -12,12 +12,13 @@ from vlmamba_lite.connector import (
     MLPConnector,
     VSSL2Connector,
     VSSMLPConnector,
+    connector_attention,
     connector_flops,
     draw_connectors,
     plot_connector_cost,
     vss_flops,
 )
-from vlmamba_lite.vss import VSS, scan_order, vss_definition
+from vlmamba_lite.vss import VSS, scan_order, vss_attention, vss_definition
 
 CONNECTORS = [MLPConnector, VSSMLPConnector, VSSL2Connector]
 
@@ -25,7 +26,7 @@ CONNECTORS = [MLPConnector, VSSMLPConnector, VSSL2Connector]
 def make(kind, **args):
     torch.manual_seed(0)
     if kind is not MLPConnector:
-        args = {"d_state": 4, "expand": 1} | args
+        args = {"d_state": 4, "expand": 1, "dt_rank": 3} | args
     return kind(12, 20, **args)
 
 
@@ -107,6 +108,18 @@ def test_which_patches_meet(kind):
     connector, x = make(kind), torch.randn(1, 12, 12, requires_grad=True)
     g, = torch.autograd.grad(connector(x, (3, 4))[0, 5].square().sum(), x)
     assert (g[0].abs().sum(-1) > 0).sum() == (1 if kind is MLPConnector else 12)
+
+
+@pytest.mark.parametrize("kind", [VSSMLPConnector, VSSL2Connector])
+def test_attention_is_that_of_the_vss_on_its_input(kind):
+    connector, tokens = make(kind, scan="csm"), torch.randn(2, 6, 12, requires_grad=True)
+    given = tokens if kind is VSSMLPConnector else F.gelu(connector.linear1(tokens))
+    found = connector_attention(connector, tokens, (2, 3))
+    assert found.shape == (2, 4, 6, 6) and not found.requires_grad and not connector.vss._forward_pre_hooks
+    torch.testing.assert_close(found, vss_attention(connector.vss, given, (2, 3)))
+    with pytest.raises(ValueError, match="tokens"):
+        connector_attention(connector, tokens, (2, 2))
+    assert not connector.vss._forward_pre_hooks
 
 
 @pytest.mark.parametrize("kind", [VSSMLPConnector, VSSL2Connector])

@@ -399,7 +399,7 @@ def listening(mixer, x, path):
     "Mean |M| of one scan from the layer's own recurrence: the effect of each input of the scan on each output, by autograd."
     L, D = len(path), mixer.d_inner
     u = mixer.in_proj(x[:, path]).chunk(2, -1)[0]
-    u = vss._direction_conv(u[:, None], [mixer])[:, 0]
+    u = torch.nn.functional.silu(mamba.causal_conv1d(u, mixer.conv1d.weight, mixer.conv1d.bias)[0])
     dt, B, C = mixer.x_proj(u).split([mixer.dt_rank, mixer.d_state, mixer.d_state], -1)
     dt, A = mixer.dt_proj(dt), -torch.exp(mixer.A_log)
     M = torch.autograd.functional.jacobian(

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'COLORS', 'ACTIVATIONS', 'NORMS', 'draw_connectors', 'MLPConnector', 'VSSMLPConnector', 'VSSL2Connector',
-           'vss_flops', 'connector_flops', 'plot_connector_cost']
+           'vss_flops', 'connector_flops', 'plot_connector_cost', 'connector_attention']
 
 # %% ../nbs/07_connector.ipynb #8c1ab09d
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .mamba import Mamba
-from .vss import SCANS, VSS, check_tokens
+from .vss import SCANS, VSS, check_tokens, vss_attention
 
 # %% ../nbs/07_connector.ipynb #0840ab3e
 BLOCKS = {"MLP": ["Linear", "GELU", "Linear"],
@@ -175,3 +176,18 @@ def plot_connector_cost(connectors, size, axes=None):
     axes[1].set(xlabel="GFLOP per picture", yticks=[])
     axes[1].legend(fontsize=7, loc="upper right", bbox_to_anchor=(1, 1.05))
     return axes
+
+# %% ../nbs/07_connector.ipynb #8ad5b55a
+@torch.no_grad()
+def connector_attention(connector, tokens, size, channels=64):
+    """Which patch listened to which in a connector: `vss_attention` of its VSS on the tokens of pictures.
+
+    tokens (B, height * width, vision_dim) -> (B, K, L, L), patches numbered in row-major order.
+    """
+    given = []
+    hook = connector.vss.register_forward_pre_hook(lambda vss, args: given.append(args[0]))
+    try:
+        connector(tokens, size)
+    finally:
+        hook.remove()
+    return vss_attention(connector.vss, given[0], size, channels)

@@ -148,43 +148,48 @@ def _merged(p, K):
 
 
 def scan_inputs(u, weights):
-    "Arguments for `selective_scan` that run K scans as one. u (B, K, L, D), DirectionWeights -> dict, channels K * D."
-    K, N = u.shape[1], weights.A_log.shape[-1]
-    step, B, C = (u @ weights.x_proj.mT).split([weights.dt_proj.shape[-1], N, N], -1)       # (B, K, L, .)
-    delta = step @ weights.dt_proj.mT                                    # (B, K, L, D)
+    "Arguments for `selective_scan` that run K scans as one. u (B, L, K, D), DirectionWeights -> dict, channels K * D."
+    K, N = u.shape[2], weights.A_log.shape[-1]
+    x_proj, dt_proj = (w.expand(K, -1, -1) for w in weights[:2])
+    code = torch.einsum("blkd,kcd->bklc", u, x_proj)
+    step, B, C = code.split([dt_proj.shape[-1], N, N], -1)               # (B, K, L, .)
+    delta = torch.einsum("bklr,kdr->blkd", step, dt_proj)
     bias, A_log, D = (_merged(p, K) for p in weights[2:])
-    u, delta = (t.mT.flatten(1, 2) for t in (u, delta))                  # (B, K * D, L)
+    u, delta = (t.flatten(2).mT for t in (u, delta))                     # (B, K * D, L)
     return {"u": u, "delta": delta, "A": -torch.exp(A_log), "B": B.mT, "C": C.mT, "D": D, "delta_bias": bias,
             "delta_softplus": True}
 
 # %% ../nbs/06_vss.ipynb #a81e3cc6
 def direction_scan(u, weights, backend="auto"):
-    "The selective scans of K directions in one call. u (B, K, L, D) -> (B, K, L, D)."
-    y = selective_scan(**scan_inputs(u, weights), backend=backend)
-    return y.unflatten(1, u.shape[1::2]).mT
+    "The selective scans of K directions in one call. u (B, L, K, D) -> (B, L, K, D)."
+    return selective_scan(**scan_inputs(u, weights), backend=backend).mT.unflatten(2, u.shape[2:])
 
 # %% ../nbs/06_vss.ipynb #f5b134f6
-def _direction_conv(u, mixers):
-    "The causal convolution and the SiLU of K Mamba layers at once. u (B, K, L, D) -> (B, K, L, D)."
-    weight = torch.cat([m.conv1d.weight for m in mixers])                # (K * D, 1, d_conv)
-    bias = None if mixers[0].conv1d.bias is None else torch.cat([m.conv1d.bias for m in mixers])
-    y, _ = causal_conv1d(u.transpose(1, 2).flatten(2, 3), weight, bias)  # (B, L, K * D)
-    return F.silu(y).unflatten(2, u.shape[1::2]).transpose(1, 2)
+def _joined(layers, name, dim=0):
+    "The weights or biases of some layers side by side; None where they have none."
+    parts = [getattr(layer, name) for layer in layers]
+    return None if parts[0] is None else torch.cat(parts, dim)
+
+
+def _sequences(mixers, x, order):
+    "What the scans of K Mamba layers read, and their gates in the picture's order. x (B, L, C) -> (B, L, K, D) each."
+    K, ins, convs = len(mixers), [m.in_proj for m in mixers], [m.conv1d for m in mixers]
+    uz = F.linear(x, _joined(ins, "weight"), _joined(ins, "bias"))       # (B, L, K * 2 * D)
+    u, z = uz.unflatten(2, (K, 2, -1)).unbind(3)
+    rows = order.mT * K + torch.arange(K, device=order.device)           # (L, K): where step t of scan k is found
+    u = u.flatten(1, 2).index_select(1, rows.flatten()).view(*x.shape[:2], -1)       # each along its own path
+    u, _ = causal_conv1d(u, _joined(convs, "weight"), _joined(convs, "bias"))        # (B, L, K * D)
+    return F.silu(u).unflatten(2, (K, -1)), z
 
 # %% ../nbs/06_vss.ipynb #0d44744f
-def _sequences(mixers, x, order):
-    "What the scans of K Mamba layers read, after convolution and SiLU, and the gates. x (B, L, C) -> (B, K, L, D) each."
-    u, z = torch.stack([m.in_proj(x) for m in mixers], 1).chunk(2, -1)   # in the picture's order
-    u = u.gather(2, order[None, :, :, None].expand_as(u))                # each along its own path
-    return _direction_conv(u, mixers), z
-
-
 def _own_form(mixers, x, order):
-    "`vss_definition` with a Mamba layer for each scan: one convolution and one grouped scan for all of them."
-    u, z = _sequences(mixers, x, order)                                  # (B, K, L, D) each
+    "`vss_definition` with a Mamba layer for each scan: one projection, convolution and grouped scan for all."
+    u, z = _sequences(mixers, x, order)                                  # (B, L, K, D) each
     y = direction_scan(u, direction_weights(mixers), mixers[0].backend)
-    y = unscan(y, order) * F.silu(z)
-    return sum(m.out_proj(y_k) for m, y_k in zip(mixers, y.unbind(1)))
+    y = unscan(y.transpose(1, 2), order).transpose(1, 2) * F.silu(z)
+    outs = [m.out_proj for m in mixers]
+    bias = None if outs[0].bias is None else sum(out.bias for out in outs)
+    return F.linear(y.flatten(2), _joined(outs, "weight", dim=1), bias)
 
 # %% ../nbs/06_vss.ipynb #adf1d405
 def check_tokens(x, size, dim, name="x"):
@@ -312,7 +317,8 @@ def _ss2d(m, x, size):
     K, order = len(m.x_proj_weight), scan_order(*size, m.scan, x.device)
     A_log, D = m.A_logs.unflatten(0, (K, -1)), m.Ds.unflatten(0, (K, -1))
     weights = DirectionWeights(m.x_proj_weight, m.dt_projs_weight, m.dt_projs_bias, A_log, D)
-    y = cross_merge(direction_scan(cross_scan(u, order), weights, m.backend), order)
+    y = direction_scan(cross_scan(u, order).transpose(1, 2), weights, m.backend)
+    y = cross_merge(y.transpose(1, 2), order)
     return m.out_proj(m.out_norm(y) * F.silu(z))
 
 # %% ../nbs/06_vss.ipynb #63c2284c
