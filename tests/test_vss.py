@@ -252,6 +252,19 @@ def test_bfloat16(shared):
     assert got.dtype == torch.bfloat16 and rms_error(got, want) < 0.03
 
 
+@pytest.mark.parametrize("make", [VSS, lambda *a: VSS(*a, shared=False), SS2D])
+def test_autocast_and_inference_mode(make):
+    torch.manual_seed(0)
+    module, x = make(16), torch.randn(2, 35, 16)
+    want = gradients(lambda x: module(x, (5, 7)), x.requires_grad_(), *module.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = module(x, (5, 7))
+        assert_same(gradients(lambda x: module(x, (5, 7)).float(), x, *module.parameters()), want, 0.1)
+    assert got.dtype == torch.bfloat16
+    with torch.inference_mode():
+        torch.testing.assert_close(module(x, (5, 7)), want[0])
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_backend_is_passed_through(shared):
     torch.manual_seed(0)
