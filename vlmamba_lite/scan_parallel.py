@@ -239,7 +239,8 @@ def _matrix_to_time(X, grouped, G):
     "B or C as given, and as (B, G', N, L) -> (L, B, G, N), or (G, N, P) for a constant one."
     if X.ndim == 2:
         return _to_rows(X.to(grouped.dtype), G).contiguous()
-    return grouped.repeat_interleave(G // grouped.shape[1], 1).permute(3, 0, 1, 2).contiguous()
+    grouped = grouped if grouped.shape[1] == G else grouped.repeat_interleave(G // grouped.shape[1], 1)
+    return grouped.permute(3, 0, 1, 2).contiguous()
 
 # %% ../nbs/02_scan_parallel.ipynb #d4f69d28
 def selective_scan_chunked(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,

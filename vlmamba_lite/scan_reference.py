@@ -23,10 +23,12 @@ def _need(ok, name, got, need):
 def _check_kinds(u, **arguments):
     "Every argument is a tensor of real floating-point numbers on the device of u; four of them may be None."
     for name, x in {"u": u, **arguments}.items():
-        if x is not None or name not in ("D", "z", "delta_bias", "initial_state"):
-            _need(isinstance(x, torch.Tensor), name, type(x).__name__, "a tensor")
-            _need(x.is_floating_point(), name, x.dtype, "a real floating-point dtype")
-            _need(x.device == u.device, name, x.device, f"{u.device}, the device of u")
+        if x is None and name in ("D", "z", "delta_bias", "initial_state"):
+            continue
+        _need(isinstance(x, torch.Tensor), name, type(x).__name__, "a tensor")
+        _need(x.is_floating_point(), name, x.dtype, "a real floating-point dtype")
+        if x.device != u.device:
+            _need(False, name, x.device, f"{u.device}, the device of u")
 
 # %% ../nbs/01_scan_reference.ipynb #912a5aaf
 def _matrix_ok(X, batch, channels, n, L):
