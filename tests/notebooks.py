@@ -22,8 +22,11 @@ def skipped_flags():
     return set(CONFIG.tst_flags.split()) - forced
 
 
-def run_notebook(path):
-    "Runs the cells `nbdev_test` would run; returns the notebook with its new outputs (skipped cells keep theirs) and the error, if any."
+def run_notebook(path, quick=True):
+    """Runs the cells `nbdev_test` would run; returns the notebook with its new outputs (skipped cells keep theirs) and the error, if any.
+
+    quick sets $IN_TEST, under which the last chapter trains for seconds and not for minutes.
+    """
     directives = {c.idx_: getattr(c, "directives_", None) or {} for c in NBProcessor(path, process=True).nb.cells}
     skip, nb = skipped_flags(), read_nb(path)
 
@@ -32,7 +35,11 @@ def run_notebook(path):
         return (cell.cell_type != "code" or "nbdev_export(" in cell.source
                 or words.get("eval:", [""])[0].lower() == "false" or skip & words.keys())
 
-    os.environ["IN_TEST"] = "1"
+    for cell in nb.cells:
+        if cell.cell_type == "code" and not no_run(cell):
+            cell["outputs"] = []                        # a cell that has nothing to say any more must not keep what it said
+    if quick:
+        os.environ["IN_TEST"] = "1"
     sys.path.insert(0, str(ROOT))
     shell = CaptureShell(path, mpl_format="png")
     try:

@@ -1,6 +1,8 @@
 """Runs notebooks in place and stores their outputs: nothing changes where no cell or result did.
 
     python tests/refresh_notebooks.py [nbs/01_scan_reference.ipynb ...]
+
+The last chapter trains its model in full, which takes minutes.
 """
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from notebooks import NOTEBOOKS, run_notebook
 
 
 def refresh(path):
-    nb, error = run_notebook(path)
+    nb, error = run_notebook(path, quick=False)
     if error:
         raise SystemExit(error)
     clean_nb(nb)
