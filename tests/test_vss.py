@@ -43,7 +43,7 @@ def gradients(f, x, *parameters):
     return [y, *torch.autograd.grad((y * weights).sum(), [x, *parameters])]
 
 
-def assert_same(found, wanted, tolerance=1e-6):
+def assert_same(found, wanted, tolerance=1e-10):
     assert len(found) == len(wanted)
     for i, (a, b) in enumerate(zip(found, wanted)):
         assert a.shape == b.shape and rms_error(a, b) < tolerance, f"item {i}: {rms_error(a, b)}"
@@ -433,7 +433,7 @@ def test_vss_attention_and_step_sizes_in_the_order_of_the_picture(shared):
     assert found.shape == (2, 4, 12, 12) and steps.shape == (2, 4, 12) and not found.requires_grad
     for k, path in enumerate(scan_order(3, 4, "csm").tolist()):
         want, want_steps = listening(module.mixers[0 if shared else k], x[1:], path)
-        torch.testing.assert_close(found[1, k], want, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(found[1, k], want, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(steps[1, k], want_steps)
     seen = found[0] > 0
     for k, path in enumerate(scan_order(3, 4, "csm").tolist()):

@@ -121,7 +121,7 @@ def vss_definition(mixers, x, order):
 def _shared_form(mixer, x, order):
     "`vss_definition` with one Mamba layer: projections and gate run once, the scan once on B * K rows."
     u, z = mixer.in_proj(x).chunk(2, -1)                                 # (B, L, d_inner) each
-    y, _ = mixer.ssm(cross_scan(u, order).flatten(0, 1))                 # (B * K, L, d_inner)
+    y, _ = mixer.ssm(cross_scan(u, order).flatten(0, 1), return_state=False)  # (B * K, L, d_inner)
     y = cross_merge(y.unflatten(0, (len(x), len(order))), order) * F.silu(z)
     y = F.linear(y, mixer.out_proj.weight)
     return y if mixer.out_proj.bias is None else y + len(order) * mixer.out_proj.bias
