@@ -67,7 +67,7 @@ def test_chapter_form(path):
     assert pictures or path.stem == "20_command_line"
     for i, cell in enumerate(cells):
         lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#|")]
-        assert cell.cell_type != "code" or len(lines) <= 30, f"cell {i} has {len(lines)} lines"
+        assert cell.cell_type != "code" or len(lines) <= 20, f"cell {i} has {len(lines)} lines"
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
