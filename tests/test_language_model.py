@@ -1,0 +1,522 @@
+"""The language model against transformers, against itself read in pieces, padded or step by step, and against slow loops."""
+import math
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.utils.rnn import pad_sequence
+
+from vlmamba_lite.language_model import (MIXERS, Block, MambaConfig, MambaLM, add_float32, choose_token, last_token,
+                                         next_token_loss, read_stream, repeat_state)
+
+few = settings(deadline=None, max_examples=12, derandomize=True, database=None)
+ARGS = {"mamba": dict(d_state=5), "mamba2": dict(d_state=6, headdim=8, chunk_size=8)}
+both = pytest.mark.parametrize("mixer", sorted(MIXERS))
+V = 37
+
+
+def rms_error(a, b):
+    assert a.shape == b.shape
+    a, b = a.detach().double(), b.detach().double()
+    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+
+
+def lively(model, seed=0):
+    "Every parameter moved a little, so that nothing is one or zero by initialisation."
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=g).to(p)
+    return model
+
+
+def make(mixer, dtype=torch.float64, **kwargs):
+    torch.manual_seed(0)
+    config = dict(d_model=16, n_layer=3, vocab_size=V, mixer=mixer, mixer_args=ARGS[mixer]) | kwargs
+    return lively(MambaLM(MambaConfig(**config))).to(dtype)
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_states(got, want, limit):
+    for g, w in zip(got, want, strict=True):
+        assert type(g) is type(w)
+        assert max(rms_error(a, b) for a, b in zip(g, w, strict=True)) < limit
+
+
+def pad(rows, side, value=0):
+    ids = pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+    return ids, pad_sequence([torch.ones(len(r), dtype=torch.bool) for r in rows], batch_first=True, padding_side=side)
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+def peer(mixer, tied=True):
+    "A random transformers model and ours with its weights: 40 = 37 padded to a multiple of 8."
+    torch.manual_seed(0)
+    shared = dict(vocab_size=40, hidden_size=16, num_hidden_layers=3, tie_word_embeddings=tied, bos_token_id=None,
+                  eos_token_id=None, pad_token_id=None)
+    if mixer == "mamba":
+        config = transformers.MambaConfig(**shared, state_size=5, time_step_rank=1, use_mambapy=False)
+        theirs = transformers.MambaForCausalLM(config)
+    else:
+        config = transformers.Mamba2Config(**shared, num_heads=4, head_dim=8, state_size=6, n_groups=1, chunk_size=8)
+        theirs = transformers.Mamba2ForCausalLM(config)
+    theirs = lively(theirs).eval()
+    ours = MambaLM(MambaConfig(16, 3, V, mixer=mixer, mixer_args=ARGS[mixer], tie_embeddings=tied))
+    renamed = {"backbone.embeddings.weight": "backbone.embedding.weight"}
+    ours.load_state_dict({renamed.get(name, name): w for name, w in theirs.state_dict().items()}, strict=True)
+    with torch.no_grad():                               # transformers knows no padding: its three extra tokens must lose too
+        theirs.lm_head.weight[V:] = 0.
+    return theirs, ours
+
+
+@both
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_are_those_of_transformers(mixer, tied):
+    theirs, ours = peer(mixer, tied)
+    for length in (1, 3, 8, 29):
+        ids = tokens(2, length)
+        with torch.no_grad():
+            want = theirs(ids, use_cache=False).logits[..., :V]
+            got = ours(ids).logits
+        assert rms_error(got, want) < 1e-5, length
+
+
+@both
+def test_loss_is_that_of_transformers(mixer):
+    theirs, ours = peer(mixer)
+    ids = tokens(3, 12)
+    labels = ids.masked_fill(tokens(3, 12, seed=2) < 12, -100)
+    logits = theirs(ids, use_cache=False).logits[..., :V]
+    want = theirs.loss_function(logits, labels, vocab_size=V)
+    assert 0 < (labels == -100).sum() < labels.numel()
+    torch.testing.assert_close(ours(ids, labels=labels).loss, want, rtol=1e-5, atol=0)
+
+
+@both
+def test_greedy_generation_is_that_of_transformers(mixer):
+    theirs, ours = peer(mixer)
+    ids = tokens(4, 7)
+    want = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=25, do_sample=False)
+    got = ours.generate(ids, 25)
+    assert torch.equal(got, want) and got.shape == (4, 32)
+    stop = got[0, 11].item()                            # now each row stops by itself, and is filled up with the stop id
+    want = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=25, do_sample=False,
+                           eos_token_id=stop, pad_token_id=stop)
+    assert torch.equal(ours.generate(ids, 25, [stop]), want)
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+@both
+def test_steps_are_the_forward_pass(mixer):
+    lm, ids = make(mixer), tokens(2, 120)
+    want, state, logits = lm(ids), None, []
+    for token in ids.unbind(1):
+        out, state = lm.step(token, state)
+        logits.append(out)
+    assert rms_error(torch.stack(logits, 1), want.logits) < 1e-11
+    assert_states(state, want.state, 1e-11)
+    after = tokens(2, 5, seed=3)                        # and the state serves a further reading
+    assert rms_error(lm(after, state=state).logits, lm(torch.cat([ids, after], 1)).logits[:, 120:]) < 1e-11
+
+
+@both
+@given(cuts=st.lists(st.integers(1, 29), unique=True, min_size=1, max_size=4).map(sorted))
+@few
+def test_a_text_may_be_read_in_pieces(mixer, cuts):
+    lm, ids = make(mixer), tokens(2, 30)
+    want, state, logits = lm(ids), None, []
+    for piece in ids.tensor_split(cuts, 1):
+        out = lm(piece, state=state)
+        logits.append(out.logits)
+        state = out.state
+    assert rms_error(torch.cat(logits, 1), want.logits) < 1e-11
+    assert_states(state, want.state, 1e-11)
+
+
+@both
+def test_the_state_is_not_changed_in_place(mixer):
+    lm, ids = make(mixer), tokens(2, 9)
+    state = lm(ids).state
+    before = [[part.clone() for part in s] for s in state]
+    lm.step(ids[:, 0], state)
+    lm.generate(ids, 3, state=state)
+    assert all(torch.equal(a, b) for s, t in zip(state, before, strict=True) for a, b in zip(s, t, strict=True))
+
+
+@both
+def test_gradcheck_through_the_state(mixer):
+    lm = make(mixer, d_model=8, n_layer=2, vocab_size=5)
+    a, b = (torch.randn(1, n, 8, dtype=torch.float64, requires_grad=True) for n in (3, 2))
+
+    def logits_of_b(a, b):
+        out = lm(inputs_embeds=b, state=lm.hidden(inputs_embeds=a)[1])
+        return (out.logits, *(part for s in out.state for part in s))
+
+    assert torch.autograd.gradcheck(logits_of_b, (a, b))
+
+
+@both
+def test_parameters_learn_the_same_from_pieces_and_from_steps(mixer):
+    lm, ids = make(mixer), tokens(2, 14)
+
+    def gradients(read):
+        loss = next_token_loss(read(), ids)
+        return torch.autograd.grad(loss, list(lm.parameters()))
+
+    def pieces():
+        first = lm(ids[:, :5])
+        return torch.cat([first.logits, lm(ids[:, 5:], state=first.state).logits], 1)
+
+    def steps():
+        state, logits = None, []
+        for token in ids.unbind(1):
+            out, state = lm.step(token, state)
+            logits.append(out)
+        return torch.stack(logits, 1)
+
+    want = gradients(lambda: lm(ids).logits)
+    for read in (pieces, steps):
+        assert max(map(rms_error, gradients(read), want)) < 1e-9, read
+
+
+@both
+def test_repeat_state_continues_every_row(mixer):
+    lm, prefix, rest = make(mixer), tokens(2, 11), tokens(6, 4, seed=2)
+    state = lm(prefix).state
+    wide = repeat_state(state, 3)
+    assert all(type(w) is type(s) for w, s in zip(wide, state, strict=True))
+    got = lm(rest, state=wide).logits
+    want = lm(torch.cat([prefix.repeat_interleave(3, 0), rest], 1)).logits[:, 11:]
+    assert rms_error(got, want) < 1e-11
+    weights = list(lm.parameters())
+    grads = [torch.autograd.grad(x.square().sum(), weights) for x in (got, want)]
+    assert max(map(rms_error, *grads)) < 1e-9
+    with pytest.raises(ValueError, match="times: got 0, need at least 1"):
+        repeat_state(state, 0)
+
+
+@both
+def test_a_wrong_state_is_named(mixer):
+    lm, ids = make(mixer), tokens(3, 4)
+    state = lm(ids).state
+    for call in (lambda s, r: lm(ids[:r], state=s), lambda s, r: lm.step(ids[:r, 0], s), lambda s, r: lm.generate(ids[:r], 1, state=s)):
+        with pytest.raises(ValueError, match="state: got 2 layers, need 3"):
+            call(state[:2], 3)
+        with pytest.raises(ValueError, match="state: got 3 rows, need 1"):
+            call(state, 1)
+
+
+# --- prompts of unequal length ---------------------------------------------------------------------------------------
+
+@both
+@pytest.mark.parametrize("side", ["left", "right"])
+@given(lengths=st.lists(st.integers(1, 13), min_size=1, max_size=4), started=st.booleans())
+@few
+def test_each_row_gets_what_it_would_get_alone(mixer, side, lengths, started):
+    lm = make(mixer)
+    rows = [tokens(n, seed=i) for i, n in enumerate(lengths)]
+    ids, mask = pad(rows, side, value=5)
+    state = lm(tokens(len(rows), 6, seed=9)).state if started else None
+    out, written = lm(ids, mask=mask, state=state), lm.generate(ids, 6, mask=mask, state=state)
+    assert torch.equal(written[:, :ids.shape[1]], ids)
+    for i, row in enumerate(rows):
+        own = [type(s)(*(part[i:i+1] for part in s)) for s in state] if started else None
+        alone = lm(row[None], state=own)
+        assert rms_error(out.logits[i, mask[i]], alone.logits[0]) < 1e-11
+        assert_states([type(s)(*(part[i:i+1] for part in s)) for s in out.state], alone.state, 1e-11)
+        assert torch.equal(written[i, -6:], lm.generate(row[None], 6, state=own)[0, -6:])
+
+
+def test_pads_in_between():
+    lm, ids = make("mamba"), tokens(1, 5)
+    mask = torch.tensor([[False, True, False, True, True, False, True, True, False]])
+    spread = torch.full((1, 9), 7).masked_scatter(mask, ids)
+    assert rms_error(lm(spread, mask=mask).logits[mask], lm(ids).logits[0]) < 1e-11
+    assert torch.equal(lm.generate(spread, 5, mask=mask)[:, 9:], lm.generate(ids, 5)[:, 5:])
+
+
+@both
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("at_pads", [-100, 3])
+def test_a_row_teaches_what_it_would_teach_alone(mixer, side, at_pads):
+    lm = make(mixer)
+    rows = [tokens(3), tokens(7, seed=2), tokens(1)]
+    ids, mask = pad(rows, side)
+    x = lm.embed(ids).detach().requires_grad_()
+    got = lm(inputs_embeds=x, mask=mask, labels=ids.masked_fill(~mask, at_pads)).loss
+    want = (2 * lm(rows[0][None], labels=rows[0][None]).loss + 6 * lm(rows[1][None], labels=rows[1][None]).loss) / 8
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=0)
+    grad, = torch.autograd.grad(got, x)
+    assert not grad[~mask].any() and grad[:2][mask[:2]].any(-1).sum() == 8    # all real tokens but each row's last
+
+
+def test_last_token():
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
+    assert last_token(mask).tolist() == [1, 3, 1, 3]
+    mask[2] = False
+    with pytest.raises(ValueError, match="mask: got a row without a real token"):
+        last_token(mask)
+    with pytest.raises(ValueError, match="mask"):
+        make("mamba").generate(tokens(4, 4), 2, mask=mask)
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+def write_slowly(lm, ids, max_new_tokens, stop_ids):
+    "One row, greedy, everything read again for each token."
+    for _ in range(max_new_tokens):
+        ids = torch.cat([ids, lm(ids).logits[:, -1:].argmax(-1)], 1)
+        if ids[0, -1] in stop_ids:
+            break
+    return ids[0]
+
+
+@both
+def test_generation_is_reading_everything_again(mixer):
+    lm, ids = make(mixer), tokens(5, 6)
+    free = lm.generate(ids, 12)
+    stops = [free[0, 8].item(), free[1, 11].item(), free[2, 6].item()]
+    got = lm.generate(ids, 12, stops)
+    lengths = set()
+    for row, prompt in zip(got, ids, strict=True):
+        want = write_slowly(lm, prompt[None], 12, stops)
+        assert torch.equal(row[:len(want)], want)
+        assert (row[len(want):] == want[-1]).all()      # what follows a stop id is that stop id again
+        lengths.add(len(want))
+    assert len(lengths) > 1                             # the rows did stop at different places
+    assert got.shape[1] == max(lengths)                 # and the walk ended with the last of them
+
+
+@both
+def test_how_many_tokens(mixer):
+    lm, ids = make(mixer), tokens(2, 4)
+    assert torch.equal(lm.generate(ids, 0), ids)
+    assert lm.generate(ids, 1).shape == (2, 5)
+    assert lm.generate(ids, 9, range(V)).shape == (2, 5)             # every token is a stop id
+    with pytest.raises(ValueError, match="max_new_tokens: got -1, need at least 0"):
+        lm.generate(ids, -1)
+    for wrong in (ids[0], ids[:, :0]):
+        with pytest.raises(ValueError, match="input_ids: got shape"):
+            lm.generate(wrong, 2)
+
+
+def test_streaming_is_lazy_and_the_same():
+    lm, ids = make("mamba2"), tokens(3, 5)
+    calls, step = [], lm.step
+    lm.step = lambda *args: calls.append(torch.is_grad_enabled()) or step(*args)
+    seen = []
+    for t, token in enumerate(lm.stream(ids, 6)):
+        assert len(calls) == t and token.shape == (3,) and torch.is_grad_enabled()
+        seen.append(token)
+    assert not any(calls)                               # no graph is built inside, and the caller's setting is left alone
+    assert torch.equal(torch.cat([ids, torch.stack(seen, 1)], 1), lm.generate(ids, 6))
+
+
+def test_only_one_position_of_a_prompt_meets_the_vocabulary():
+    lm, shapes = make("mamba"), []
+    lm.lm_head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
+    lm.generate(tokens(2, 50), 3)
+    assert shapes == [(2, 40)] * 3
+
+
+def test_padding_of_the_vocabulary_is_never_chosen():
+    lm, ids = make("mamba"), tokens(2, 6)
+    labels = ids
+    logits, loss = lm(ids).logits, lm(ids, labels=labels).loss
+    with torch.no_grad():
+        lm.backbone.embedding.weight[V:] = 1e3 * torch.randn(3, 16)
+    assert lm.backbone.embedding.weight.shape == (40, 16) and logits.shape == (2, 6, V)
+    assert torch.equal(lm(ids).logits, logits) and torch.equal(lm(ids, labels=labels).loss, loss)
+    hot = dict(temperature=50., generator=torch.Generator().manual_seed(0))
+    for new in (lm.generate(ids, 20), lm.generate(ids, 20, **hot)):
+        assert new.max() < V
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1., None, 1.), (0.5, 4, 1.), (2., None, 0.7), (0.7, 6, 0.8), (1., 1, 1.),
+                                                       (1., None, 1e-6), (1., 99, 1.)])
+def test_sampling_draws_from_the_distribution_of_transformers(temperature, top_k, top_p):
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(3))
+    filters = [transformers.TemperatureLogitsWarper(temperature)]
+    filters += [] if top_k is None else [transformers.TopKLogitsWarper(top_k)]
+    filters += [transformers.TopPLogitsWarper(top_p)]
+    want = logits
+    for f in filters:
+        want = f(None, want)
+    want = want.softmax(-1)[0]
+    n = 20000
+    got = choose_token(logits.expand(n, 12), temperature, top_k, top_p, torch.Generator().manual_seed(0))
+    shares = got.bincount(minlength=12) / n
+    assert torch.equal(shares > 0, want > 1e-4), (shares, want)
+    assert (shares - want).abs().max() < 5 * math.sqrt(0.25 / n)     # five standard deviations of a share
+
+
+def test_sampling_is_repeatable_and_greedy_is_the_default():
+    lm, ids = make("mamba2"), tokens(2, 5)
+    drawn = [lm.generate(ids, 15, temperature=1.5, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(lm.generate(ids, 15, temperature=3., top_k=1), lm.generate(ids, 15))
+    logits = torch.tensor([[0., 3., 1.], [2., 1., 0.]])
+    assert choose_token(logits).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("wrong", [dict(temperature=-1.), dict(top_k=0), dict(top_p=0.), dict(top_p=1.1)])
+def test_impossible_sampling(wrong):
+    with pytest.raises(ValueError, match="temperature, top_k, top_p: got"):
+        choose_token(torch.zeros(1, 3), **wrong)
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------
+
+def test_loss_by_hand():
+    logits = torch.tensor([[[math.log(3), 0.], [math.log(3), 0.], [9., -9.]], [[0., 0.], [5., 5.], [1., 2.]]])
+    labels = torch.tensor([[1, 0, 1], [0, -100, 1]])
+    want = -(math.log(3 / 4) + math.log(1 / 4) + math.log(1 / 2)) / 3
+    assert next_token_loss(logits, labels).item() == pytest.approx(want, rel=1e-6)
+
+
+@given(rows=st.integers(1, 3), length=st.integers(2, 7), seed=st.integers(0, 99))
+@few
+def test_loss_is_the_loop(rows, length, seed):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, length, 5, generator=g).double().requires_grad_()
+    labels = torch.randint(-2, 5, (rows, length), generator=g)
+    labels[labels < 0] = -100
+    labels[0, -1] = 3
+    terms = [-logits[b, t - 1].log_softmax(-1)[labels[b, t]] for b in range(rows) for t in range(1, length) if labels[b, t] >= 0]
+    want = sum(terms) / len(terms)
+    got = next_token_loss(logits, labels)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, logits)[0], torch.autograd.grad(want, logits)[0])
+
+
+def test_loss_of_bfloat16_logits_is_computed_in_float32():
+    logits = torch.randn(2, 9, 200, generator=torch.Generator().manual_seed(0)).bfloat16()
+    labels = tokens(2, 9)
+    got = next_token_loss(logits, labels)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, next_token_loss(logits.double(), labels).float())
+
+
+@pytest.mark.parametrize("labels", [torch.full((2, 5), -100), torch.tensor([[4, -100, -100, -100, -100]]).repeat(2, 1)])
+def test_nothing_to_learn_is_an_error(labels):
+    with pytest.raises(ValueError, match="labels: got no label other than -100"):
+        make("mamba")(tokens(2, 5), labels=labels)
+
+
+def test_labels_of_another_shape():
+    for mask in (None, torch.ones(2, 5, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"labels: got shape \(2, 4\), need \(2, 5\)"):
+            make("mamba")(tokens(2, 5), labels=tokens(2, 4), mask=mask)
+
+
+# --- inputs, dtypes, initialisation ----------------------------------------------------------------------------------
+
+@both
+def test_ids_or_embeds(mixer):
+    lm, ids = make(mixer), tokens(2, 5)
+    got, want = lm(inputs_embeds=lm.embed(ids), labels=ids), lm(ids, labels=ids)
+    assert torch.equal(got.logits, want.logits) and torch.equal(got.loss, want.loss)
+    for wrong in (dict(), dict(input_ids=ids, inputs_embeds=lm.embed(ids))):
+        with pytest.raises(ValueError, match="input_ids, inputs_embeds: got both or neither"):
+            lm(**wrong)
+    quiet = lm(ids, return_state=False)
+    assert quiet.state is None and quiet.loss is None
+    torch.testing.assert_close(quiet.logits, want.logits, rtol=1e-12, atol=1e-12)
+
+
+@both
+def test_float64_throughout(mixer):
+    lm, ids = make(mixer), tokens(2, 20)
+    out = lm(ids, labels=ids)
+    logits, state = lm.step(ids[:, 0], out.state)
+    parts = [part for s in (*out.state, *state) for part in s]
+    assert {x.dtype for x in (out.loss, out.logits, logits, *parts)} == {torch.float64}
+    single = make(mixer, torch.float32)                 # the same weights: rounded once, so float64 differs by its own digits
+    error = rms_error(single(ids).logits, out.logits)
+    assert 1e-9 < error < 1e-5
+    with torch.no_grad():                               # a change far below float32 is seen: nothing is rounded on the way
+        for name, p in lm.named_parameters():
+            p *= 1 + 1e-11
+            changed = rms_error(lm(ids).logits, out.logits)
+            p /= 1 + 1e-11
+            assert changed > 0, name
+
+
+@both
+def test_bfloat16_layers_on_a_float32_stream(mixer):
+    exact, lm, ids = make(mixer), make(mixer, torch.bfloat16), tokens(2, 20)
+    x, state = lm.hidden(ids)
+    assert x.dtype == torch.float32 and state[0].ssm.dtype == torch.float32
+    assert lm(ids).logits.dtype == torch.bfloat16
+    assert rms_error(lm(ids).logits, exact(ids).logits) < 0.05
+    plain = make(mixer, torch.bfloat16, residual_in_fp32=False)
+    assert plain.hidden(ids)[0].dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        single = make(mixer, torch.float32)
+        assert single.hidden(ids)[0].dtype == torch.float32
+        assert rms_error(single(ids).logits, exact(ids).logits) < 0.05
+
+
+def test_the_norm_reads_the_stream_before_it_is_rounded():
+    norm = torch.nn.RMSNorm(64, eps=0.).bfloat16()
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    want = (x / x.square().mean(-1, keepdim=True).sqrt()).bfloat16()
+    assert (read_stream(norm, x) != want).float().mean() < 1e-3      # rounded once; rounding the stream first changes a quarter
+    assert (read_stream(norm, x.bfloat16()) != want).float().mean() > 0.1
+    assert add_float32(x.bfloat16(), x.bfloat16()).dtype == torch.float32
+    assert add_float32(x.double(), x).dtype == torch.float64
+    assert add_float32(torch.tensor(256.), torch.tensor(1.).bfloat16()).item() == 257
+
+
+def test_block_is_its_equation():
+    block = lively(Block(MambaConfig(d_model=8))).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    y, state = block(x)
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.norm.weight
+    assert state is None and rms_error(y, x + block.mixer(normed)) < 1e-12
+
+
+@both
+def test_initialisation(mixer):
+    torch.manual_seed(0)
+    args = dict(bias=True) | ({"headdim": 16} if mixer == "mamba2" else {})
+    backbone = MambaLM(MambaConfig(64, 25, 1000, mixer=mixer, mixer_args=args)).backbone
+    assert backbone.embedding.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    for layer in backbone.layers:
+        bound = 1 / math.sqrt(128) / 5                  # kaiming-uniform with a = sqrt(5) is U(+-1/sqrt(fan in)); sqrt(25) = 5
+        assert 0.99 * bound < layer.mixer.out_proj.weight.abs().max() <= bound
+        assert not layer.mixer.in_proj.bias.any() and not layer.mixer.out_proj.bias.any()
+        dt = torch.nn.functional.softplus(layer.mixer.dt_proj.bias if mixer == "mamba" else layer.mixer.dt_bias)
+        assert 1e-3 * 0.999 < dt.min() and dt.max() < 0.1 * 1.001
+
+
+def test_names_and_ties():
+    tied, free = make("mamba"), make("mamba", tie_embeddings=False)
+    assert tied.lm_head.weight is tied.backbone.embedding.weight
+    assert free.lm_head.weight is not free.backbone.embedding.weight
+    mamba = {"A_log", "D", "in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias",
+             "out_proj.weight"}
+    mamba2 = {"A_log", "D", "dt_bias", "in_proj.weight", "conv1d.weight", "conv1d.bias", "norm.weight", "out_proj.weight"}
+    for mixer, names in (("mamba", mamba), ("mamba2", mamba2)):
+        want = {"backbone.embedding.weight", "backbone.norm_f.weight", "lm_head.weight"}
+        for i in range(3):
+            want |= {f"backbone.layers.{i}.norm.weight"} | {f"backbone.layers.{i}.mixer.{name}" for name in names}
+        assert set(make(mixer).state_dict()) == want
+
+
+def test_configuration():
+    assert [MambaConfig(pad_vocab_size_multiple=m).padded_vocab_size for m in (1, 8, 16)] == [50277, 50280, 50288]
+    assert MambaConfig(vocab_size=48).padded_vocab_size == 48
+    for wrong in (dict(mixer="attention"), dict(n_layer=0), dict(d_model=0), dict(vocab_size=0), dict(pad_vocab_size_multiple=0)):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: got"):
+            MambaConfig(**wrong)
