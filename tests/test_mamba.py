@@ -194,7 +194,7 @@ def test_float64_is_float64_throughout():
         assert error(end.ssm, want_end.ssm) < 1e-13
 
 
-@pytest.mark.parametrize("options", CONFIGS[:4])
+@pytest.mark.parametrize("options", CONFIGS[:5])
 def test_transformers_peer(options):
     modeling = pytest.importorskip("transformers.models.mamba.modeling_mamba")
     config = pytest.importorskip("transformers").MambaConfig
