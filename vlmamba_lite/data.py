@@ -271,7 +271,8 @@ def build_set(data, tokenizer, size=64, captions=False):
     """
     text = data.select_columns(["questions", "answers"])[:]
     _check_rows(text["questions"], text["answers"])
-    text = add_captions(*text.values()) if captions else list(text.values())
+    text = text["questions"], text["answers"]
+    text = add_captions(*text) if captions else text
     image_of = np.repeat(np.arange(len(data)), [len(qs) for qs in text[0]])
     questions, answers = (list(chain.from_iterable(part)) for part in text)
     place = {turn: i for i, turn in enumerate(dict.fromkeys(zip(questions, answers)))}           # every different turn once
