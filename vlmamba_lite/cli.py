@@ -8,6 +8,7 @@ __all__ = ['console', 'app', 'bench', 'Mistakes', 'ask', 'run_folder', 'pick_dev
 
 # %% ../nbs/20_command_line.ipynb #193102e3
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -48,20 +49,20 @@ def ask(model: Annotated[Path, typer.Argument(help="the folder of a trained mode
         from vlmamba_lite.data import open_image                         # here and not above: --help must not wait for torch
         image = open_image(picture)
         from vlmamba_lite.model import VLMamba
-        answer = VLMamba.from_pretrained(model, device).ask(image, question)
+        answer = VLMamba.from_pretrained(model, pick_device(device)).ask(image, question)
     print(json.dumps({"question": question, "answer": answer, "picture": str(picture), "model": str(model)}) if as_json else answer)
 
 # %% ../nbs/20_command_line.ipynb #25597ec3
 def run_folder(output, preset, seed, resume):
     "The folder of a run, runs/<preset>-seed<seed> by default. ValueError where it holds a run and `resume` is not asked for, or the other way round."
     folder = Path(output) if output is not None else Path("runs") / f"{preset}-seed{seed}"
-    begun = (folder / "checkpoint.pt").is_file()
-    if begun and not resume:
-        raise ValueError(f"output: {folder} already holds a run; add --resume to go on with it, or give another --output")
-    if resume and not begun:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output: {folder} is no folder")
+    if resume and not (folder / "checkpoint.pt").is_file():
         raise ValueError(f"resume: no checkpoint.pt in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    if not resume and any((folder / name).exists() for name in ("checkpoint.pt", "model.safetensors", "result.json")):
+        raise ValueError(f"output: {folder} already holds a run; add --resume to go on with it, or give another --output")
+    return folder                                                         # made when the first file is written: a mistake leaves none
 
 # %% ../nbs/20_command_line.ipynb #b03f5a9b
 def pick_device(device):
@@ -111,7 +112,7 @@ class TrainingBar:
 
     def check(self, done, scores):
         text = "  ".join(f"{name} {100 * score:.2f} %" for name, score in scores.items())
-        self.bar.console.print(f"step {done}, validation: {text}")
+        self.bar.console.print(f"step {done}, validation: {text}", soft_wrap=True)
 
 # %% ../nbs/20_command_line.ipynb #e7afcea0
 def finish(model, data, folder, config, preset, seed, spent):
@@ -161,7 +162,7 @@ def run_training(preset="lite", seed=0, steps=None, output=None, device="auto", 
 # %% ../nbs/20_command_line.ipynb #b1445e3e
 @app.command()
 def train(preset: Annotated[str, typer.Option(help="lite, or tiny for a quick look")] = "lite",
-          seed: Annotated[int, typer.Option(help="draws weights, batches and augmentation")] = 0,
+          seed: Annotated[int, typer.Option(min=0, help="draws weights, batches and augmentation")] = 0,
           steps: Annotated[int | None, typer.Option(min=1, help="steps in place of the preset's")] = None,
           output: Annotated[Path | None, typer.Option(help="the run's folder  [default: runs/<preset>-seed<seed>]")] = None,
           device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
@@ -170,12 +171,15 @@ def train(preset: Annotated[str, typer.Option(help="lite, or tiny for a quick lo
     with Mistakes():
         folder, result = run_training(preset, seed, steps, output, device, resume)
     if result is None:
-        again = f"vlmamba train --preset {preset} --seed {seed} --output {folder} --resume" + (f" --steps {steps}" if steps else "")
-        console.print(f"stopped; the last step is saved. Go on with:\n  {again}", soft_wrap=True)
+        given = [("--steps", steps), ("--device", None if device == "auto" else device)]
+        options = [word for name, value in given if value is not None for word in (name, str(value))]
+        again = shlex.join(["vlmamba", "train", "--preset", preset, "--seed", str(seed), "--output", str(folder), "--resume", *options])
+        console.print(f"stopped; the last step is saved. Go on with:\n  {again}", soft_wrap=True, markup=False)
         raise typer.Exit(130)
     print_result(result)
     console.print(f"{result['train_cpu_seconds'] / 60:.1f} CPU minutes, {result['train_wall_seconds'] / 60:.1f} minutes of training. "
-                  f"Everything is in {folder}. Talk to the model:\n  vlmamba ask {folder} picture.png \"what color is the shape?\"", soft_wrap=True)
+                  f"Everything is in {folder}. Talk to the model:\n  vlmamba ask {shlex.quote(str(folder))} picture.png \"what color is the shape?\"",
+                  soft_wrap=True, markup=False)
 
 # %% ../nbs/20_command_line.ipynb #7837082a
 bench = typer.Typer(no_args_is_help=True, help="Measure, and write a result file.")
@@ -184,7 +188,7 @@ app.add_typer(bench, name="bench")
 
 @bench.command("prefix")
 def bench_prefix(output: Annotated[Path, typer.Option(help="the result file")] = Path("data/results/prefix_reuse.json"),
-                 seed: Annotated[int, typer.Option()] = 0, repeats: Annotated[int, typer.Option(min=1)] = 7):
+                 seed: Annotated[int, typer.Option(min=0)] = 0, repeats: Annotated[int, typer.Option(min=1)] = 7):
     "What reading a picture once for all its questions saves, in one training step."
     with Mistakes():
         import torch

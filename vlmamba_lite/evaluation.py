@@ -48,9 +48,10 @@ PUBLISHED = {   # test accuracy, and where it is published
 
 # %% ../nbs/17_evaluation.ipynb #2ac0e3f5
 def decode_answer(tokenizer, ids):
-    "Generated ids as text, up to `<eos>`; without one the answer never ended, which the text says."
+    "Generated ids as text, up to `<eos>`; without one the answer never ended, which the text says. Other special tokens are shown."
     stop = tokenizer.token_to_id(EOS)
-    return tokenizer.decode(ids[:ids.index(stop)]) if stop in ids else tokenizer.decode(ids) + " ..."
+    text = tokenizer.decode(ids[:ids.index(stop)] if stop in ids else ids, skip_special_tokens=False)
+    return text if stop in ids else text + " ..."
 
 # %% ../nbs/17_evaluation.ipynb #32a9323a
 @torch.no_grad()
@@ -84,9 +85,10 @@ def answer_all(model, data, batch_size=50):
 # %% ../nbs/17_evaluation.ipynb #e6befcc7
 def accuracy_by_type(predictions, data):
     "{'all': ..., and each of QUESTION_TYPES that occurs}: shares in [0, 1]."
+    scores = {"all": accuracy(predictions, data.answers)}                  # first: it looks at the lengths
     right = np.array([p == a for p, a in zip(predictions, data.answers)])
     types = {name: float(right[data.types == i].mean()) for i, name in enumerate(QUESTION_TYPES) if (data.types == i).any()}
-    return {"all": accuracy(predictions, data.answers), **types}
+    return {**scores, **types}
 
 
 def evaluate(model, data):
@@ -95,14 +97,16 @@ def evaluate(model, data):
 
 # %% ../nbs/17_evaluation.ipynb #f9e94e6a
 def pick_samples(predictions, data, count=8, seed=0):
-    "Rows to show: up to half of them wrong answers, the rest drawn from all pictures, each picture once."
+    "Rows to show, each picture once: wrong answers first, up to half, then right ones, then wrong ones again where too few are right."
     order = np.random.default_rng(seed).permutation(len(predictions))
-    wrong = [r for r in order if predictions[r] != data.answers[r]][:count // 2]
+    wrong = [r for r in order if predictions[r] != data.answers[r]]
+    right = [r for r in order if predictions[r] == data.answers[r]]
     rows, seen = [], set()
-    for r in [*wrong, *(r for r in order if predictions[r] == data.answers[r])]:
-        if data.image_of[r] not in seen and len(rows) < count:
-            rows.append(int(r))
-            seen.add(data.image_of[r])
+    for candidates, limit in ((wrong, count // 2), (right, count), (wrong, count)):
+        for r in candidates:
+            if data.image_of[r] not in seen and len(rows) < limit:
+                rows.append(int(r))
+                seen.add(data.image_of[r])
     return rows
 
 # %% ../nbs/17_evaluation.ipynb #a1609e18
@@ -116,7 +120,7 @@ def plot_samples(predictions, data, rows, path=None):
         axis.axis("off")
     for row, axis in zip(rows, axes.flat):
         given, true = predictions[row], data.answers[row]
-        axis.imshow(data.images[data.image_of[row]].permute(1, 2, 0))
+        axis.imshow(data.images[data.image_of[row]].permute(1, 2, 0).numpy())
         verdict = f"{given}" if given == true else f"{given}  (true: {true})"
         axis.set_title(f"{fill(data.questions[row], 24)}\n{verdict}", fontsize=8, color="black" if given == true else "firebrick")
     if path is not None:

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CONNECTORS', 'MODEL_PRESETS', 'VLMambaConfig', 'lite_config', 'tiny_config', 'PictureReader', 'TextContinuer',
-           'Answerer', 'write_atomically', 'model_files', 'read_config', 'VLMamba']
+           'Answerer', 'write_atomically', 'model_files', 'naming', 'read_config', 'VLMamba']
 
 # %% ../nbs/15_vlmamba.ipynb #b064a250
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -126,8 +127,14 @@ def write_atomically(path, write):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    write(part)
-    os.replace(part, path)
+    try:
+        part.touch()
+        mode = part.stat().st_mode                             # what any new file gets here: safetensors makes its own, readable by its owner alone
+        write(part)
+        part.chmod(mode)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../nbs/15_vlmamba.ipynb #20568fb4
 def model_files(folder):
@@ -141,10 +148,22 @@ def model_files(folder):
     return folder / "config.json", folder / "tokenizer.json", folder / "model.safetensors"
 
 # %% ../nbs/15_vlmamba.ipynb #18f428e5
+@contextmanager
+def naming(path):
+    "Whatever goes wrong with the content of `path` becomes one ValueError, in one line, that names the file."
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:                                 # json, tokenizers, safetensors and torch each raise their own kind
+        text = " ".join(str(error).split())
+        raise ValueError(text if str(path) in text else f"{path}: {text[:300]}") from error
+
+# %% ../nbs/15_vlmamba.ipynb #13da803d
 def read_config(path):
     "The `VLMambaConfig` in a config.json; ValueError where the file is something else."
     fields = json.loads(path.read_text(encoding="utf-8"))
-    if fields.pop("model_type", None) != "vlmamba":
+    if not isinstance(fields, dict) or fields.pop("model_type", None) != "vlmamba":
         raise ValueError(f"{path}: got no model_type 'vlmamba', need a config.json written by save_pretrained")
     return VLMambaConfig(**fields)
 
@@ -163,6 +182,10 @@ class VLMamba(Answerer):
     def from_pretrained(cls, folder, device="cpu"):
         "A model from a folder, ready to answer. Raises FileNotFoundError or ValueError that names what is wrong."
         config, tokenizer, weights = model_files(folder)
-        model = cls(read_config(config), Tokenizer.from_file(str(tokenizer)))
-        load_model(model, str(weights))
+        with naming(tokenizer):
+            words = Tokenizer.from_file(str(tokenizer))
+        with naming(config):
+            model = cls(read_config(config), words)
+        with naming(weights):
+            load_model(model, str(weights))
         return model.to(device).eval()

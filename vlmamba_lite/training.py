@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TRAINING_PRESETS', 'CHECKPOINT', 'RUN_CONFIG', 'TrainingConfig', 'learning_rate', 'question_weights',
            'batch_pictures', 'make_batch', 'newton_schulz', 'Muon', 'parameter_groups', 'build_optimizers',
-           'train_step', 'training_steps', 'save_checkpoint', 'load_checkpoint', 'write_run_config', 'StopRequest',
-           'MetricsLog', 'read_metrics', 'Stopwatch', 'fit', 'plot_curves', 'provenance', 'write_result',
-           'prefix_reuse_cost']
+           'train_step', 'training_steps', 'save_checkpoint', 'readable', 'load_checkpoint', 'differences',
+           'write_run_config', 'StopRequest', 'MetricsLog', 'read_metrics', 'Stopwatch', 'fit', 'plot_curves',
+           'provenance', 'write_result', 'prefix_reuse_cost']
 
 # %% ../nbs/16_training.ipynb #709b74de
 import json
@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -147,7 +148,7 @@ def build_optimizers(model, config):
 
 # %% ../nbs/16_training.ipynb #e7cfdf65
 def train_step(model, optimizers, batch, lr, clip):
-    "One update; returns the loss. Raises FloatingPointError, before anything is changed, when the loss is not finite."
+    "One update; returns the loss. Raises FloatingPointError, before a weight is changed, when loss or gradient is not finite."
     images, ids, labels = batch
     loss = model(images, ids, labels).loss
     if not torch.isfinite(loss):
@@ -157,7 +158,9 @@ def train_step(model, optimizers, batch, lr, clip):
         for group in optimizer.param_groups:
             group["lr"] = lr
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    if not torch.isfinite(norm):                               # a finite loss can have a gradient that is not: clipping would spread it
+        raise FloatingPointError(f"gradient: got a norm of {norm.item()}, need a finite number")
     for optimizer in optimizers:
         optimizer.step()
     return loss.item()
@@ -187,31 +190,50 @@ def save_checkpoint(folder, model, optimizers, step, seed, seconds):
     model.save_pretrained(folder)
 
 # %% ../nbs/16_training.ipynb #b15e2581
+@contextmanager
+def readable(path):
+    "Whatever goes wrong inside, while a checkpoint is read, becomes one ValueError in one line."
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:                                 # torch.load and load_state_dict raise nearly anything
+        raise ValueError(f"resume: {path} is damaged, or no checkpoint of this model ({type(error).__name__})") from error
+
+# %% ../nbs/16_training.ipynb #3f4db9f0
 def load_checkpoint(folder, model, optimizers, seed):
     "Puts model and optimizers back to where the folder stopped; returns (step, seconds). Raises where there is nothing or another seed."
     path = Path(folder) / CHECKPOINT
     if not path.is_file():
         raise FileNotFoundError(f"resume: no {CHECKPOINT} in {folder}")
-    state = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
-    if state["seed"] != seed:
-        raise ValueError(f"seed: got {seed}, need {state['seed']}, the seed this run began with")
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
-    return state["step"], state["seconds"]
+    with readable(path):
+        state = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
+        began = state["seed"]
+    if began != seed:
+        raise ValueError(f"seed: got {seed}, need {began}, the seed this run began with")
+    with readable(path):
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return state["step"], state["seconds"]
 
 # %% ../nbs/16_training.ipynb #193d966e
 RUN_CONFIG = "run_config.json"
 
 
+def differences(now, before, name=""):
+    "[(name, now, before)] of all settings that differ; an inner one is named with dots, training.steps."
+    if isinstance(now, dict) and isinstance(before, dict):
+        return [d for k in {**before, **now} for d in differences(now.get(k), before.get(k), f"{name}.{k}" if name else k)]
+    return [] if now == before else [(name, now, before)]
+
+# %% ../nbs/16_training.ipynb #47f8b6bc
 def write_run_config(folder, resume=False, **settings):
     "Writes the resolved configuration of a run; with `resume`, checks that it is the one the run began with (ValueError naming what differs)."
     path, settings = Path(folder) / RUN_CONFIG, json.loads(json.dumps(settings))        # tuples become lists, as on disk
     if resume:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in settings if settings[name] != before.get(name)]
-        if changed:
-            raise ValueError(f"{changed[0]}: got {settings[changed[0]]}, need {before.get(changed[0])}, with which this run began")
+        for name, got, need in differences(settings, json.loads(path.read_text(encoding="utf-8"))):
+            raise ValueError(f"{name}: got {got}, need {need}, with which this run began")
     write_atomically(path, lambda part: part.write_text(json.dumps(settings, indent=2) + "\n"))
 
 # %% ../nbs/16_training.ipynb #c5add318
@@ -245,8 +267,8 @@ class MetricsLog:
 
 
 def read_metrics(path):
-    "The lines of a metrics.jsonl as a list of dicts."
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    "The lines of a metrics.jsonl as a list of dicts; one that a crash left unfinished is left out."
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
 
 # %% ../nbs/16_training.ipynb #f8339c94
 class Stopwatch:
@@ -284,7 +306,7 @@ def fit(model, data, config, folder, seed=0, evaluate=None, resume=False, on_ste
         start, spent = load_checkpoint(folder, model, optimizers, seed)
     watch, log = Stopwatch(spent), MetricsLog(Path(folder) / "metrics.jsonl", start)
     run, done = training_steps(model, optimizers, data, config, seed, start), start
-    checks = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
+    checks = {max(round(config.steps * (i + 1) / config.evaluations), 1) for i in range(config.evaluations)}
     with StopRequest() as stop:
         while done < config.steps and not stop.asked:
             with watch:
@@ -292,8 +314,10 @@ def fit(model, data, config, folder, seed=0, evaluate=None, resume=False, on_ste
             _report(log, watch, done, loss, on_step, done % log_every == 0 or done in checks)
             if done in checks and evaluate is not None:
                 _check(log, model, done, evaluate, on_check)
-            if done in checks or stop.asked:
+            if done in checks:
                 save_checkpoint(folder, model, optimizers, done, seed, watch.spent)
+        if done not in checks:                                 # stopped between two checks
+            save_checkpoint(folder, model, optimizers, done, seed, watch.spent)
     return done, watch.spent
 
 # %% ../nbs/16_training.ipynb #f1c89e88
@@ -320,10 +344,18 @@ def _cpu_name():
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def _git(*arguments):
+    "What git says in this file's folder; nothing where there is no git, or no repository."
+    try:
+        run = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return run.stdout.strip() if run.returncode == 0 else ""
+
+
 def _commit():
-    run = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=Path(__file__).parent,
-                         capture_output=True, text=True)
-    return run.stdout.strip() if run.returncode == 0 else f"release {__version__}"
+    ours = _git("ls-files", Path(__file__).name)               # an installed copy may lie inside someone else's repository
+    return ours and _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or f"release {__version__}"
 
 # %% ../nbs/16_training.ipynb #d90ff7ef
 def provenance():

@@ -1,0 +1,36 @@
+"""What the tests of the whole model share: a small part of easy-VQA, and models small enough to run in no time."""
+from types import SimpleNamespace
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def small():
+    "40 pictures of easy-VQA's training split: `.rows` as on disk, their `.tokenizer`, `.data` and, with captions, `.train` as `VQASet`s."
+    from vlmamba_lite.data import build_set, build_tokenizer, load_easy_vqa
+    rows = load_easy_vqa("train").select(range(0, 3600, 90))
+    tokenizer = build_tokenizer(text for name in ("questions", "answers") for texts in rows[name] for text in texts)
+    return SimpleNamespace(rows=rows, tokenizer=tokenizer, data=build_set(rows, tokenizer), train=build_set(rows, tokenizer, captions=True))
+
+
+@pytest.fixture(scope="session")
+def make_model(small):
+    "A function: a new tiny `VLMamba` with random weights, of any connector, mixer, and field of `MambaConfig`."
+    import torch
+
+    from vlmamba_lite.model import VLMamba, tiny_config
+
+    def make(connector="vss_l2", mixer="mamba2", seed=0, **language):
+        config = tiny_config(small.tokenizer.get_vocab_size())
+        config.connector = connector
+        if connector == "mlp":
+            config.connector_args = {}
+        config.language.mixer = mixer
+        config.language.mixer_args = {"mamba": dict(d_state=4), "mamba2": dict(d_state=8, headdim=8, chunk_size=32)}[mixer]
+        for name, value in language.items():
+            setattr(config.language, name, value)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return VLMamba(config, small.tokenizer)
+
+    return make

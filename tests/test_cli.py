@@ -1,0 +1,370 @@
+"""The command as someone at a terminal meets it: what a run leaves behind, what it says, and how it takes mistakes and Ctrl-C."""
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+FILES = {"model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl", "result.json", "run_config.json", "curves.png",
+         "samples.png", "checkpoint.pt"}
+QUESTION = "what color is the shape?"
+HERE = Path(__file__).resolve().parent.parent
+START = "import sys; from vlmamba_lite.cli import app; sys.argv[0] = 'vlmamba'; app()"
+FEW = """
+import vlmamba_lite.data as data
+def few(split, whole=data.load_easy_vqa):
+    rows = whole(split)
+    return rows.select(range(0, len(rows), 50))
+data.load_easy_vqa = few
+"""                                                           # 72, 8 and 20 pictures in place of all of them
+
+
+def process(*arguments, code=None, **kwargs):
+    "The command in a process of its own: the installed script, or `code` in its place."
+    script = shutil.which("vlmamba", path=str(Path(sys.executable).parent))
+    start = [script] if script and code is None else [sys.executable, "-c", code or START]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.Popen([*start, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs)
+
+
+def finished(child):
+    out, err = child.communicate(timeout=300)
+    return SimpleNamespace(code=child.returncode, out=out, err=err)
+
+
+def vlmamba(*arguments):
+    "The command in this process."
+    from vlmamba_lite.cli import app
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            app([str(a) for a in arguments], prog_name="vlmamba")
+        except SystemExit as stop:
+            code = stop.code or 0
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def is_a_mistake(said, match):
+    "One line that says what is wrong, on stderr, and exit code 2."
+    assert said.code == 2 and re.search(match, said.err), said
+    assert said.err.startswith("vlmamba: ") and said.err.count("\n") == 1 and said.err.endswith("\n") and "Traceback" not in said.err
+
+
+def steps_of(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return {kind: [line["step"] for line in lines if kind in line] for kind in ("loss", "validation")}
+
+
+def contents(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(folder).iterdir()}
+
+
+@pytest.fixture(autouse=True)
+def somewhere_else(tmp_path, monkeypatch):
+    "Nothing is left in the folder the tests were started in."
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    space = {}
+    import vlmamba_lite.data
+    before = vlmamba_lite.data.load_easy_vqa
+    exec(FEW, space)
+    yield
+    vlmamba_lite.data.load_easy_vqa = before
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A short run on all of easy-VQA, in a terminal, into the default folder."
+    place = tmp_path_factory.mktemp("run")
+    said = finished(process("train", "--preset", "tiny", "--seed", 3, "--steps", 3, cwd=place))
+    assert said.code == 0, said
+    return SimpleNamespace(folder=place / "runs" / "tiny-seed3", said=said)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    from vlmamba_lite.data import load_easy_vqa
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    load_easy_vqa("test")[0]["image"].save(path)
+    return path
+
+
+# train
+
+def test_what_a_run_leaves(run):
+    import torch
+    assert {p.name for p in run.folder.iterdir()} == FILES and [p.name for p in run.folder.parent.iterdir()] == ["tiny-seed3"]
+    assert all((run.folder / name).read_bytes()[:4] == b"\x89PNG" for name in ("curves.png", "samples.png"))
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps_of(run.folder) == {"loss": [2, 3], "validation": [2, 3]}
+    assert all({"cpu_seconds", "wall_seconds"} < set(line) for line in lines if "loss" in line)
+    began = json.loads((run.folder / "run_config.json").read_text())
+    assert began["preset"] == "tiny" and began["seed"] == 3 and began["training"]["steps"] == 3 and "connector" in began["model"]
+    stopped = torch.load(run.folder / "checkpoint.pt", weights_only=True)
+    assert (stopped["step"], stopped["seed"]) == (3, 3)
+
+
+def test_what_its_result_says(run):
+    from vlmamba_lite.model import VLMamba
+    result = json.loads((run.folder / "result.json").read_text())
+    assert set(result) == {"preset", "seed", "steps", "test_accuracy", "accuracy_by_type", "test_questions", "floors", "parameters",
+                           "train_cpu_seconds", "train_wall_seconds", "commit", "command", "hardware", "versions", "date"}
+    assert (result["preset"], result["seed"], result["steps"], result["test_questions"]) == ("tiny", 3, 3, 9673)
+    assert set(result["accuracy_by_type"]) == {"all", "what color", "what shape", "yes/no color", "yes/no shape"}
+    assert 0 <= result["test_accuracy"] == result["accuracy_by_type"]["all"] <= 1
+    assert {name: round(100 * score, 2) for name, score in result["floors"].items()} == {"always yes": 37.33, "blind majority": 67.00}
+    assert result["parameters"] == sum(p.numel() for p in VLMamba.from_pretrained(run.folder).parameters())
+    assert result["train_cpu_seconds"] > 0 and result["train_wall_seconds"] > 0
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|release \d+\.\d+\.\d+", result["commit"])
+    assert result["command"].endswith("train --preset tiny --seed 3 --steps 3")
+
+
+def test_what_it_says(run):
+    assert run.said.err == "" and "Traceback" not in run.said.out
+    said = " ".join(run.said.out.split())
+    accuracy = json.loads((run.folder / "result.json").read_text())["test_accuracy"]
+    for words in (rf"this model, all \S {100 * accuracy:.2f}", r"floor: blind majority \S 67\.00", "published: ",
+                  "step 3, validation: all ", "3/3"):
+        assert re.search(words, said), words
+    assert "Everything is in runs/tiny-seed3." in said and re.search(r"vlmamba ask \S*runs/tiny-seed3 picture.png", said)
+
+
+def test_a_run_is_not_overwritten(run):
+    before = contents(run.folder)
+    said = vlmamba("train", "--preset", "tiny", "--output", run.folder)
+    is_a_mistake(said, "^vlmamba: output: .*tiny-seed3 already holds .*--resume.*--output")
+    assert contents(run.folder) == before
+
+
+def test_a_model_without_its_checkpoint_is_not_overwritten_either(run, tmp_path, few):
+    for kept in ({"model.safetensors", "config.json", "tokenizer.json"}, {"result.json"}):
+        folder = tmp_path / f"only{len(kept)}"
+        folder.mkdir()
+        for name in kept:
+            shutil.copy(run.folder / name, folder)
+        before = contents(folder)
+        is_a_mistake(vlmamba("train", "--preset", "tiny", "--steps", 1, "--output", folder), "^vlmamba: output: .* already holds ")
+        assert contents(folder) == before
+
+
+def test_a_run_goes_on_only_as_it_began(run, tmp_path, few):
+    before = contents(run.folder)
+    again = ["train", "--resume", "--output", run.folder, "--seed", 3]
+    is_a_mistake(vlmamba(*again, "--preset", "tiny", "--steps", 4), "steps.*4.*3.* with which this run began")
+    is_a_mistake(vlmamba(*again[:4], "--preset", "tiny", "--steps", 3), "seed: got 0, need 3")
+    is_a_mistake(vlmamba(*again, "--preset", "lite", "--steps", 3), "preset: got lite, need tiny")
+    is_a_mistake(vlmamba("train", "--preset", "tiny", "--resume", "--output", tmp_path / "none"), "resume: no checkpoint.pt in ")
+    assert contents(run.folder) == before and not (tmp_path / "none").exists()
+
+
+def test_a_finished_run_is_finished_again(tmp_path, few):
+    first = vlmamba("train", "--preset", "tiny", "--steps", 2, "--output", "here")
+    assert first.code == 0, first
+    weights, result = contents("here")["model.safetensors"], json.loads(Path("here/result.json").read_text())
+    Path("here/result.json").unlink()                         # as if Ctrl-C had come while the test set was read
+    again = vlmamba("train", "--preset", "tiny", "--steps", 2, "--output", "here", "--resume")
+    assert again.code == 0 and {p.name for p in Path("here").iterdir()} == FILES
+    assert contents("here")["model.safetensors"] == weights
+    assert json.loads(Path("here/result.json").read_text())["accuracy_by_type"] == result["accuracy_by_type"]
+
+
+WAIT = FEW + """
+import signal, sys, time
+from pathlib import Path
+import vlmamba_lite.training as training
+def waiting(data, config, seed, step, make_batch=training.make_batch):
+    if step == 12:                                            # in step 12 it waits for Ctrl-C
+        Path("ready").touch()
+        while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            time.sleep(0.01)
+    return make_batch(data, config, seed, step)
+training.make_batch = waiting
+""" + START
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT to another process")
+def test_ctrl_c_leaves_a_run_that_goes_on_with_the_line_it_prints(tmp_path, picture, few):
+    folder = tmp_path / "my run [red]"                        # a name a shell and rich would take for something else
+    child = process("train", "--preset", "tiny", "--seed", 1, "--steps", 20, "--device", "cpu", "--output", folder, code=WAIT, cwd=tmp_path)
+    until = time.monotonic() + 200
+    while not (tmp_path / "ready").exists() and child.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    said = finished(child)
+    assert said.code == 130 and said.err == "" and "Traceback" not in said.out, said
+    assert {p.name for p in folder.iterdir()} == FILES - {"result.json", "curves.png", "samples.png"}
+    asked = vlmamba("ask", folder, picture, QUESTION)
+    assert asked.code == 0 and asked.out.count("\n") == 1
+    line = next(line for line in said.out.splitlines() if "--resume" in line)
+    words = shlex.split(line)
+    assert words[:2] == ["vlmamba", "train"] and "cpu" in words and str(folder) in words, line
+    again = vlmamba(*words[1:])
+    assert again.code == 0 and "13/20" not in again.out and "20/20" in again.out, again
+    assert {p.name for p in folder.iterdir()} == FILES
+    assert steps_of(folder) == {"loss": [10, 20], "validation": [10, 20]}
+    assert json.loads((folder / "result.json").read_text())["steps"] == 20
+
+
+@pytest.mark.parametrize("arguments, match", [
+    (["--preset", "huge"], r"^vlmamba: preset: got 'huge', need one of \['lite', 'tiny'\]$"),
+    (["--preset", "tiny", "--device", "tpu"], "^vlmamba: device: got 'tpu', need 'auto', 'cpu'"),
+    (["--preset", "tiny", "--output", "a file"], "^vlmamba: .*a file")])
+def test_mistakes_in_training(arguments, match, tmp_path, few):
+    Path("a file").write_text("mine")
+    is_a_mistake(vlmamba("train", *arguments), match)
+    assert [p.name for p in tmp_path.iterdir()] == ["a file"] and Path("a file").read_text() == "mine"        # no folder is left behind
+
+
+def test_a_gpu_that_is_not_there(run, picture, tmp_path):
+    import torch
+    if torch.cuda.is_available():
+        pytest.skip("it is there")
+    is_a_mistake(vlmamba("train", "--device", "cuda", "--output", "x"), r"device: got 'cuda', need 'auto', 'cpu' \(no CUDA GPU here\)")
+    is_a_mistake(vlmamba("ask", run.folder, picture, QUESTION, "--device", "cuda"), "device: got 'cuda', need .*no CUDA GPU here")
+    is_a_mistake(vlmamba("ask", run.folder, picture, QUESTION, "--device", "toaster"), "device: got 'toaster', need ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [
+    ["train", "--steps", "0"], ["train", "--steps", "many"], ["train", "--seed", "-1"], ["train", "--nope"], ["ask"], ["ask", "model"],
+    ["nope"], ["bench", "nope"], ["bench", "prefix", "--repeats", "0"]], ids=" ".join)
+def test_a_command_that_is_none(arguments, tmp_path, few):
+    said = vlmamba(*arguments)
+    assert said.code == 2 and "Usage: vlmamba" in said.err and "Traceback" not in said.err and said.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_training_for_notebooks(few, capsys):
+    from vlmamba_lite.cli import run_training
+    folder, result = run_training("tiny", seed=5, steps=1, quiet=True)
+    assert folder == Path("runs/tiny-seed5") and {p.name for p in folder.iterdir()} == FILES
+    assert result["test_accuracy"] == json.loads((folder / "result.json").read_text())["test_accuracy"] and "commit" not in result
+    said = capsys.readouterr()
+    assert "training" not in said.out and said.err == ""      # no progress bar
+
+
+def test_the_seed_draws_the_first_weights(few):
+    import torch
+
+    from vlmamba_lite.cli import prepare
+    torch.manual_seed(123)
+    model, config, data = prepare("tiny", 0, steps=7)
+    again, other = prepare("tiny", 0)[0].state_dict(), prepare("tiny", 1)[0].state_dict()
+    assert all(torch.equal(t, again[name]) for name, t in model.state_dict().items())
+    assert not torch.equal(model.vision.position, other["vision.position"])
+    assert config.steps == 7 and prepare("tiny", 0)[1].steps == 60 and set(data) == {"train", "validation", "test"}
+
+
+# ask
+
+def test_ask_in_a_terminal(run, picture):
+    from vlmamba_lite.data import open_image
+    from vlmamba_lite.model import VLMamba
+    want = VLMamba.from_pretrained(run.folder).ask(open_image(picture), QUESTION)
+    said = finished(process("ask", run.folder, picture, QUESTION))
+    assert (said.code, said.out, said.err) == (0, want + "\n", "")
+
+
+def test_ask_for_json(run, picture):
+    said = vlmamba("ask", run.folder, picture, QUESTION, "--json")
+    assert said.code == 0 and said.err == "" and said.out.count("\n") == 1
+    answer = vlmamba("ask", run.folder, picture, QUESTION).out.rstrip("\n")
+    assert json.loads(said.out) == {"question": QUESTION, "answer": answer, "picture": str(picture), "model": str(run.folder)}
+
+
+@pytest.mark.parametrize("mode, name", [("L", "gray.png"), ("RGBA", "clear.png"), ("P", "palette.gif"), ("RGB", "photo.jpg"),
+                                        ("1", "ink.png")])
+def test_ask_about_any_picture(run, tmp_path, mode, name):
+    from PIL import Image
+    Image.new("RGB", (211, 97), (200, 30, 30)).convert(mode).save(tmp_path / name)
+    said = vlmamba("ask", run.folder, tmp_path / name, QUESTION)
+    assert said.code == 0 and said.err == "" and said.out.count("\n") == 1
+
+
+def test_mistakes_in_asking(run, picture, tmp_path):
+    (tmp_path / "notes.png").write_text("hello")
+    (tmp_path / "torn.png").write_bytes(picture.read_bytes()[:60])
+    (tmp_path / "empty.png").write_bytes(b"")
+    for model, seen, question, match in (
+            ("no/model", picture, QUESTION, "model: no folder no/model"), (tmp_path, picture, QUESTION, "model: no config.json in "),
+            (run.folder, "no.png", QUESTION, r"no\.png"), (run.folder, "notes.png", QUESTION, r"notes\.png"),
+            (run.folder, "torn.png", QUESTION, r"torn\.png"), (run.folder, "empty.png", QUESTION, r"empty\.png"),
+            (run.folder, tmp_path, QUESTION, str(tmp_path)), ("no/model", "notes.png", "", r"notes\.png"),
+            (run.folder, picture, " ", "question: got ' ', need at least one word"),
+            (run.folder, picture, "what colour is it?", "never read: colour, it;")):
+        said = vlmamba("ask", model, seen, question)
+        is_a_mistake(said, match)
+        assert said.out == ""
+
+
+def test_a_damaged_model_is_a_mistake_too(run, picture, tmp_path):
+    for name, text in (("model.safetensors", "torn"), ("config.json", "{"), ("tokenizer.json", "{}")):
+        folder = shutil.copytree(run.folder, tmp_path / name)
+        (folder / name).write_text(text)
+        is_a_mistake(vlmamba("ask", folder, picture, QUESTION), name)
+
+
+def test_a_mistake_in_a_terminal(run, tmp_path):
+    said = finished(process("ask", run.folder, "no.png", QUESTION, cwd=tmp_path))
+    is_a_mistake(said, r"no\.png")
+    assert said.out == ""
+
+
+MODULES = """
+import json, sys
+from vlmamba_lite.cli import app
+app(sys.argv[1:], standalone_mode=False)
+print(json.dumps(sorted(m for m in sys.modules if "." not in m)))
+"""
+
+
+def test_ask_imports_only_what_it_needs(run, picture):
+    said = finished(process("ask", run.folder, picture, QUESTION, code=MODULES))
+    modules = json.loads(said.out.splitlines()[-1])
+    assert said.code == 0 and "torch" in modules
+    assert not {"datasets", "matplotlib", "transformers", "pyarrow", "pandas", "nbdev", "fastcore"} & set(modules)
+
+
+def test_help_and_version_do_not_wait_for_torch():
+    import vlmamba_lite
+    said = finished(process("--version", code=MODULES))
+    modules = json.loads(said.out.splitlines()[-1])
+    assert said.out.splitlines()[0] == vlmamba_lite.__version__ and not {"torch", "numpy"} & set(modules)
+    for arguments, words in (([], ["train", "ask", "bench"]), (["ask"], ["--json", "--device", "QUESTION"]),
+                             (["train"], ["--preset", "--seed", "--steps", "--output", "--device", "--resume"]),
+                             (["bench", "prefix"], ["--repeats", "--output"])):
+        said = vlmamba(*arguments, "--help")
+        assert said.code == 0 and all(word.lower() in said.out.lower() for word in words), said.out
+
+
+# bench
+
+def test_bench_prefix_writes_a_result(tmp_path, small, make_model, monkeypatch):
+    import torch
+
+    import vlmamba_lite.cli as cli
+    monkeypatch.setattr(cli, "prepare", lambda *_, **__: (make_model(), None, {"train": small.train}))
+    threads = torch.get_num_threads()
+    try:
+        said = vlmamba("bench", "prefix", "--output", "sub/cost.json", "--repeats", 1, "--seed", 2)
+    finally:
+        torch.set_num_threads(threads)
+    assert said.code == 0 and said.out.count("x cheaper") == 3, said
+    result = json.loads(Path("sub/cost.json").read_text())
+    assert [cost["questions"] for cost in result["costs"]] == [1, 4, 8]
+    assert all(cost["ratio"] > 0 and cost["repeats"] == 1 for cost in result["costs"])
+    assert (result["benchmark"], result["seed"]) == ("prefix", 2) and {"commit", "command", "hardware", "versions", "date"} < set(result)

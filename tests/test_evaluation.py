@@ -1,0 +1,212 @@
+"""Scores worked out by hand, floors of easy-VQA, answers of a batch against answers one by one, and which samples are shown."""
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlmamba_lite.data import EOS, PAD, QUESTION_TYPES, UNK, VQASet, load_easy_vqa
+from vlmamba_lite.evaluation import (PUBLISHED, accuracy, accuracy_by_type, answer_all, answer_pictures, blind_majority, decode_answer,
+                                     evaluate, floors, pick_samples, plot_samples)
+from vlmamba_lite.training import TrainingConfig, build_optimizers, training_steps
+
+
+# Scores
+
+def test_accuracy_by_hand():
+    assert accuracy(["red", "yes", "no"], ["red", "no", "no"]) == pytest.approx(2 / 3)
+    assert accuracy(["Red", "red ", ""], ["red", "red", "red"]) == 0                              # letter for letter
+    assert accuracy(["a"], ("a",)) == 1 and isinstance(accuracy(["a"], ["a"]), float)
+    for predictions, answers in ((["a"], ["a", "b"]), (["a", "b"], ["a"]), ([], [])):
+        with pytest.raises(ValueError, match=f"^predictions: got {len(predictions)}, need {len(answers)}, one an answer and at least one$"):
+            accuracy(predictions, answers)
+
+
+def test_accuracy_by_type_by_hand():
+    data = SimpleNamespace(answers=["red", "blue", "circle", "yes", "no", "yes"], types=np.array([0, 0, 1, 2, 2, 2]))
+    scores = accuracy_by_type(["red", "red", "circle", "no", "no", "yes"], data)
+    assert list(scores) == ["all", "what color", "what shape", "yes/no color"]                    # a type that does not occur has no score
+    assert [scores[name] for name in scores] == pytest.approx([4 / 6, 1 / 2, 1, 2 / 3])
+    assert all(type(score) is float for score in scores.values())
+    for wrong in (["red"], ["red"] * 7):
+        with pytest.raises(ValueError, match=f"^predictions: got {len(wrong)}, need 6"):
+            accuracy_by_type(wrong, data)
+
+
+def test_blind_majority():
+    questions = ["color?"] * 5 + ["shape?"] * 3 + ["red?"]
+    guess = blind_majority(questions, ["red", "blue", "red", "teal", "red", "circle", "circle", "triangle", "no"])
+    assert [guess(q) for q in ("color?", "shape?", "red?", "never met?")] == ["red", "circle", "no", "red"]
+
+
+def test_blind_majority_is_the_best_blind_guess(small):
+    "On the data it was made from, no other fixed answer to a question is right more often."
+    data = small.data
+    guess = blind_majority(data.questions, data.answers)
+    for question in set(data.questions):
+        theirs = Counter(a for q, a in zip(data.questions, data.answers) if q == question)
+        assert theirs[guess(question)] == max(theirs.values())
+
+
+def test_floors_of_easy_vqa():
+    def flat(split):
+        rows = load_easy_vqa(split)
+        return SimpleNamespace(**{name: [x for row in rows[name] for x in row] for name in ("questions", "answers")})
+    found = floors(flat("train"), flat("test"))
+    assert {name: round(100 * score, 2) for name, score in found.items()} == {"always yes": 37.33, "blind majority": 67.00}
+
+
+def test_published_results_say_where_they_stand():
+    assert PUBLISHED and all(0 < score < 1 and "github.com/" in source for score, source in PUBLISHED.values())
+
+
+# Answers
+
+def test_decode_answer(small):
+    tokenizer = small.tokenizer
+    red, yes, stop, pad, unk = (tokenizer.token_to_id(t) for t in ("red", "yes", EOS, PAD, UNK))
+    assert decode_answer(tokenizer, [red, stop, yes]) == "red" and decode_answer(tokenizer, [stop, red]) == ""
+    assert decode_answer(tokenizer, [red, yes, stop]) == "red yes" and decode_answer(tokenizer, [stop]) == ""
+    assert decode_answer(tokenizer, [red, yes, red]) == "red yes red ..."                        # it never ended
+    for ids in ([pad, yes, stop], [unk, yes, stop], [yes, pad, stop]):
+        assert decode_answer(tokenizer, ids) != "yes"         # one wrong token is a wrong answer, also a special one
+
+
+def cut(data, counts, seed=None):
+    "The first pictures of a `VQASet` with that many questions each; `seed` shuffles the rows."
+    rows = np.concatenate([data.table[i][:count] for i, count in enumerate(counts)])
+    if seed is not None:
+        rows = np.random.default_rng(seed).permutation(rows)
+    table = np.full((len(counts), max(counts)), -1)
+    for i in range(len(counts)):
+        mine = np.flatnonzero(data.image_of[rows] == i)
+        table[i, :len(mine)] = mine
+    return VQASet(data.images[:len(counts)], data.input_ids[rows], data.labels[rows], data.prompt[rows], data.types[rows], table,
+                  [data.questions[r] for r in rows], [data.answers[r] for r in rows], data.image_of[rows])
+
+
+def plain(text):
+    "An answer as `ask` gives it: without special tokens, and no word on whether it ended."
+    return " ".join(word for word in text.split() if word not in ("...", PAD, UNK))
+
+
+@pytest.fixture(scope="module")
+def talker(make_model, small):
+    "A model trained for a second: its answers differ, and end."
+    model, config = make_model(), TrainingConfig(steps=60, batch_size=8, lr=2e-2, phases=((0, (1, 1, 1, 1, 1)),))
+    for _ in training_steps(model, build_optimizers(model, config), small.train, config):
+        pass
+    return model.eval()
+
+
+def one_by_one(model, small, data):
+    return [model.ask(small.rows[int(i)]["image"], question, 3) for i, question in zip(data.image_of, data.questions)]
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_a_batch_answers_what_each_question_alone_gets(make_model, small, mixer):
+    model, data = make_model(mixer=mixer, seed=3, embedding_std=0.05).eval(), cut(small.data, [9, 1, 4, 2, 7])
+    answers = answer_all(model, data, batch_size=3)
+    assert [plain(a) for a in answers] == one_by_one(model, small, data)
+
+
+def test_also_of_a_model_that_has_learnt(talker, small):
+    data = cut(small.data, [1, 5, 2, 8, 3, 1], seed=0)        # a picture whose first question is its only one, rows in no order
+    assert (data.table >= 0).sum(1).tolist() == [1, 5, 2, 8, 3, 1]
+    answers = answer_all(talker, data, batch_size=4)
+    assert [plain(a) for a in answers] == one_by_one(talker, small, data)
+    everything = answer_all(talker, small.data)
+    assert len(set(everything)) >= 3 and all(isinstance(a, str) for a in everything) and len(everything) == len(small.data.answers)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 39, 40, 1000])
+def test_the_size_of_a_batch_does_not_matter(talker, small, batch_size):
+    assert answer_all(talker, small.data, batch_size) == answer_all(talker, small.data)
+
+
+def test_some_pictures(talker, small):
+    data, pictures = small.data, np.array([5, 2])
+    rows, texts = answer_pictures(talker, data, pictures)
+    want = [r for i in pictures for r in data.table[i] if r >= 0]
+    everything = answer_all(talker, data)
+    assert list(rows) == want and texts == [everything[r] for r in want]
+
+
+def test_the_answer_is_not_shown_to_the_model(talker, small):
+    data = cut(small.data, [9, 3, 5])
+    answers, hidden = answer_all(talker, data), data.input_ids.clone()
+    for row, prompt in zip(hidden, data.prompt):
+        row[prompt:] = torch.randint(0, small.tokenizer.get_vocab_size(), (len(row) - prompt,))
+    assert not torch.equal(hidden, data.input_ids)
+    data.input_ids = hidden
+    assert answer_all(talker, data) == answers
+
+
+def test_evaluation_leaves_the_model_as_it_was(make_model, small):
+    model, data = make_model().train(), cut(small.data, [3, 2])
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    scores = evaluate(model, data)
+    assert model.training and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    answers = answer_all(model.eval(), data)
+    assert not model.training and scores == accuracy_by_type(answers, data)
+    assert set(scores) == {"all", *(QUESTION_TYPES[i] for i in set(data.types))}
+
+
+def test_evaluate_finds_a_model_that_knows(talker, small):
+    "A perfect score where the answers are the model's own, and the right share where some are not."
+    data = cut(small.data, [9, 3, 5, 8])
+    data.answers = answer_all(talker, data)
+    assert set(evaluate(talker, data).values()) == {1.0}
+    data.answers[:5] = ["something else"] * 5
+    assert evaluate(talker, data)["all"] == pytest.approx(1 - 5 / len(data.answers))
+
+
+# Samples
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=25), st.integers(1, 9), st.integers(0, 3))
+@settings(deadline=None, max_examples=150, derandomize=True)
+def test_which_samples_are_shown(rows, count, seed):
+    data = SimpleNamespace(image_of=np.array([i for i, _ in rows]), answers=["yes"] * len(rows))
+    predictions = ["yes" if right else "no" for _, right in rows]
+    picked = pick_samples(predictions, data, count, seed)
+    assert picked == pick_samples(predictions, data, count, seed) and all(type(r) is int for r in picked)
+    pictures = [data.image_of[r] for r in picked]
+    assert len(set(pictures)) == len(pictures) == min(count, len(set(data.image_of)))             # each once, as many as there are
+    wrong = [predictions[r] != "yes" for r in picked]
+    first = min(count // 2, len({i for i, right in rows if not right}))
+    assert all(wrong[:first])                                                                     # wrong ones first, up to half
+    if sum(wrong) > count // 2:                                                                   # more only where nothing right is left
+        assert {i for i, right in rows if right} <= set(pictures)
+
+
+def test_samples_are_drawn(small):
+    answers = list(small.data.answers)
+    answers[::2] = ["wrong"] * len(answers[::2])
+    draws = {tuple(pick_samples(answers, small.data, seed=seed)) for seed in range(5)}
+    assert len(draws) == 5
+    for rows in draws:
+        assert [answers[r] == "wrong" for r in rows] == [True] * 4 + [False] * 4
+
+
+def test_figure_of_samples(small, tmp_path):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    answers = list(small.data.answers)
+    answers[3] = "purple"
+    rows = [3, 14, 25, 36, 47]
+    axes = plot_samples(answers, small.data, rows, tmp_path / "samples.png").axes
+    assert [len(axis.images) for axis in axes] == [1] * 5 + [0] * 3
+    for axis, row in zip(axes, rows):
+        words = axis.get_title().split()
+        assert " ".join(words).startswith(small.data.questions[row]) and answers[row] in words
+        assert (axis.title.get_color() == "firebrick") == (row == 3)
+        shown = torch.as_tensor(np.asarray(axis.images[0].get_array()))
+        assert torch.equal(shown.permute(2, 0, 1), small.data.images[small.data.image_of[row]])
+    assert f"purple  (true: {small.data.answers[3]})" in axes[0].get_title()
+    assert (tmp_path / "samples.png").read_bytes()[:4] == b"\x89PNG" and len(list(tmp_path.iterdir())) == 1
+    plt.close("all")

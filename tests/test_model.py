@@ -1,0 +1,438 @@
+"""The whole model: a picture read once against the full sequence and against single steps; questions; models on disk."""
+import json
+import pickle
+import shutil
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from vlmamba_lite.data import EOS, encode_prompt, normalize
+from vlmamba_lite.language_model import MambaConfig, next_token_loss
+from vlmamba_lite.model import (CONNECTORS, MODEL_PRESETS, VLMamba, VLMambaConfig, lite_config, model_files, read_config,
+                                tiny_config, write_atomically)
+
+COMBINATIONS = [(connector, mixer) for connector in CONNECTORS for mixer in ("mamba", "mamba2")]
+QUESTION = "what color is the shape?"
+FILES = ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def rms_error(got, want):
+    got, want = got.double(), want.double()
+    assert got.shape == want.shape
+    return ((got - want).norm() / want.norm().clamp(min=1e-30)).item()
+
+
+def inputs(vocab_size, pictures=2, questions=3, length=7, dtype=torch.float32):
+    "Random pictures, ids, and labels with a question's part and some padding left out."
+    g = torch.Generator().manual_seed(1)
+    images = torch.randn(pictures, 3, 64, 64, generator=g).to(dtype)
+    ids = torch.randint(3, vocab_size, (pictures * questions, length), generator=g)
+    labels = ids.clone()
+    labels[:, :2] = -100
+    labels[::2, -1:] = -100
+    return images, ids, labels
+
+
+def full_sequence(model, images, ids):
+    "[visual; text] of every row as one sequence, its picture encoded anew: equation 7 as it stands. -> logits of the text"
+    visual = model.see(images.repeat_interleave(len(ids) // len(images), 0))
+    x = torch.cat([visual, model.language.embed(ids)], 1)
+    return model.language(inputs_embeds=x).logits[:, visual.shape[1]:]
+
+
+def token_by_token(model, images, ids):
+    "The same by the recurrence alone: each visual token and each word is one step of every layer."
+    layers = model.language.backbone.layers
+    visual = model.see(images).repeat_interleave(len(ids) // len(images), 0)
+    states = [layer.mixer.empty_state(len(ids)) for layer in layers]
+    logits = []
+    for x in torch.cat([visual, model.language.embed(ids)], 1).unbind(1):
+        for i, layer in enumerate(layers):
+            x, states[i] = layer.step(x, states[i])
+        logits.append(model.language.head(x))
+    return torch.stack(logits[visual.shape[1]:], 1)
+
+
+def values_and_gradients(model, call, labels):
+    model.zero_grad()
+    logits = call()
+    next_token_loss(logits, labels).backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+# Reading once is reading every time
+
+@pytest.mark.parametrize("connector, mixer", COMBINATIONS)
+@torch.no_grad()
+def test_a_picture_read_once_is_the_full_sequence(make_model, small, connector, mixer):
+    model = make_model(connector, mixer, n_layer=2).eval()
+    images, ids, _ = inputs(small.tokenizer.get_vocab_size())
+    once = model(images, ids).logits
+    assert once.shape == (6, 7, small.tokenizer.get_vocab_size())
+    for twin in (model(images.repeat_interleave(3, 0), ids).logits, full_sequence(model, images, ids), token_by_token(model, images, ids)):
+        assert rms_error(once, twin) < 1e-4
+
+
+@pytest.mark.parametrize("preset", MODEL_PRESETS)
+@torch.no_grad()
+def test_a_picture_read_once_is_the_full_sequence_for_presets(small, preset):
+    torch.manual_seed(0)
+    model = VLMamba(MODEL_PRESETS[preset](small.tokenizer.get_vocab_size()), small.tokenizer).eval()
+    images, ids, _ = inputs(small.tokenizer.get_vocab_size())
+    assert rms_error(model(images, ids).logits, full_sequence(model, images, ids)) < 1e-4
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-4), (torch.float64, 1e-10)], ids=str)
+@pytest.mark.parametrize("connector, mixer", COMBINATIONS)
+def test_and_so_are_its_gradients(make_model, small, connector, mixer, dtype, limit):
+    model = make_model(connector, mixer, n_layer=2).eval().to(dtype)
+    images, ids, labels = inputs(small.tokenizer.get_vocab_size(), dtype=dtype)
+    once, gradients = values_and_gradients(model, lambda: model(images, ids, labels).logits, labels)
+    for twin in (lambda: model(images.repeat_interleave(3, 0), ids).logits, lambda: full_sequence(model, images, ids)):
+        logits, twins = values_and_gradients(model, twin, labels)
+        assert rms_error(once, logits) < limit
+        errors = {name: rms_error(gradients[name], g) for name, g in twins.items()}
+        assert all(g.norm() > 0 for g in twins.values()) and max(errors.values()) < limit, errors
+
+
+def test_in_training_the_batch_norm_sees_the_same_pictures(make_model, small):
+    model = make_model().train()
+    images, ids, _ = inputs(small.tokenizer.get_vocab_size())
+    assert rms_error(model(images, ids).logits, full_sequence(model, images, ids)) < 1e-4
+    assert rms_error(model(images, ids).logits, make_model().eval()(images, ids).logits) > 1e-3      # so it is a real test
+
+
+@torch.no_grad()
+def test_rows_belong_to_their_picture(make_model, small):
+    model = make_model().eval()
+    images, ids, _ = inputs(small.tokenizer.get_vocab_size())
+    logits = model(images, ids).logits
+    other = model(torch.stack([images[0], -images[1]]), ids).logits
+    assert rms_error(other[:3], logits[:3]) < 1e-6 and rms_error(other[3:], logits[3:]) > 1e-3
+    assert rms_error(model(images.flip(0), torch.cat([ids[3:], ids[:3]])).logits, torch.cat([logits[3:], logits[:3]])) < 1e-6
+
+
+@torch.no_grad()
+def test_padding_does_not_reach_a_row(make_model, small):
+    model = make_model().eval()
+    images, ids, _ = inputs(small.tokenizer.get_vocab_size())
+    logits, pads = model(images, ids).logits, torch.zeros(6, 4, dtype=torch.long)
+    assert rms_error(model(images, torch.cat([ids, pads], 1)).logits[:, :7], logits) < 1e-5
+    mask = torch.cat([pads.bool(), torch.ones_like(ids).bool()], 1)
+    assert rms_error(model(images, torch.cat([pads, ids], 1), mask=mask).logits[:, 4:], logits) < 1e-5
+
+
+@torch.no_grad()
+def test_loss_by_hand(make_model, small):
+    model = make_model().eval()
+    images, ids, labels = inputs(small.tokenizer.get_vocab_size())
+    out = model(images, ids, labels)
+    log_p = F.log_softmax(out.logits.double(), -1)
+    want = [-log_p[r, t - 1, labels[r, t]] for r in range(6) for t in range(1, 7) if labels[r, t] != -100]
+    assert len(want) == 3 * 5 + 3 * 4 and abs(out.loss.item() - torch.stack(want).mean().item()) < 1e-5
+    assert model(images, ids).loss is None
+
+
+def test_rows_must_be_a_multiple_of_the_pictures(make_model):
+    model = make_model()
+    for rows in (5, 1, 0):
+        with pytest.raises(ValueError, match=f"^input_ids: got {rows} rows, need a multiple of the 2 images$"):
+            model(torch.zeros(2, 3, 64, 64), torch.ones(rows, 4, dtype=torch.long))
+
+
+# Asking
+
+def picture(size=(64, 64), mode="RGB"):
+    g = torch.Generator().manual_seed(2)
+    noise = torch.randint(0, 256, (size[1], size[0], 3), generator=g, dtype=torch.uint8)
+    return Image.fromarray(noise.numpy()).convert(mode)
+
+
+def greedy(model, image, question, count):
+    "The most likely token, again and again, each from the full sequence."
+    ids = encode_prompt(model.tokenizer, question)
+    pixels = normalize(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None])
+    new = []
+    while len(new) < count and EOS not in map(model.tokenizer.id_to_token, new):
+        new.append(full_sequence(model, pixels, torch.tensor([ids + new]))[0, -1].argmax().item())
+    return model.tokenizer.decode(new)
+
+
+@pytest.mark.parametrize("connector, mixer", COMBINATIONS)
+@torch.no_grad()
+def test_ask_a_picture_or_its_state(make_model, small, connector, mixer):
+    model = make_model(connector, mixer, n_layer=2).eval()
+    image = small.rows[0]["image"]
+    state = model.read_image(image)
+    for question in dict.fromkeys(small.data.questions[:8]):
+        answer = model.ask(image, question, 4)
+        assert isinstance(answer, str) and answer == model.ask(state, question, 4) == greedy(model, image, question, 4)
+
+
+def test_an_answer_ends_at_eos(make_model):
+    model = make_model(tie_embeddings=False).eval()
+    stop, red = (model.tokenizer.token_to_id(word) for word in (EOS, "red"))
+    with torch.no_grad():                                     # a head that says red to everything but red, and <eos> to red
+        model.language.lm_head.weight.zero_()
+        model.language.lm_head.weight[stop, 0], model.language.lm_head.weight[red, 0] = 1., -1.
+        model.language.backbone.embedding.weight[:, 0] = -1000.
+        model.language.backbone.embedding.weight[red, 0] = 1000.
+    assert model.ask(picture(), QUESTION) == "red"
+    with torch.no_grad():
+        model.language.lm_head.weight[stop] = 0
+        model.language.backbone.embedding.weight[red, 0] = -1000.
+    assert model.ask(picture(), QUESTION) == " ".join(["red"] * 8)
+    assert model.ask(picture(), QUESTION, max_new_tokens=3) == "red red red"
+
+
+def test_asking_leaves_the_state_as_it_was(make_model):
+    for mixer in ("mamba", "mamba2"):
+        model = make_model(mixer=mixer).eval()
+        state = model.read_image(picture())
+        before = [t.clone() for layer in state for t in layer]
+        first = model.ask(state, QUESTION)
+        model.ask(state, "is there a circle?")
+        assert all(torch.equal(a, b) for a, b in zip(before, (t for layer in state for t in layer)))
+        assert model.ask(state, QUESTION) == first and not any(t.requires_grad for layer in state for t in layer)
+
+
+def test_asking_leaves_the_model_as_it_was(make_model):
+    "Also one still in training mode, whose batch norm would otherwise answer from, and learn from, the one picture."
+    model = make_model().train()
+    with torch.no_grad():                                     # answers that depend on the picture
+        model.language.backbone.embedding.weight.mul_(0.05)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    state = model.read_image(picture())
+    answer = model.ask(picture(), QUESTION)
+    assert model.training and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    wanted = model.eval().read_image(picture())
+    assert all(torch.equal(a, b) for x, y in zip(state, wanted) for a, b in zip(x, y)) and answer == model.ask(wanted, QUESTION)
+
+
+def test_a_state_has_one_size_for_every_picture(make_model):
+    for mixer, numbers in (("mamba", 32 * (4 + 4)), ("mamba2", (32 + 2 * 8) * 4 + 4 * 8 * 8)):
+        model = make_model(mixer=mixer, n_layer=2).eval()
+        states = [model.read_image(picture(size, mode)) for size, mode in
+                  [((64, 64), "RGB"), ((1, 1), "RGB"), ((37, 91), "L"), ((300, 200), "RGBA"), ((640, 480), "P"), ((65, 64), "CMYK")]]
+        assert all(sum(t.numel() for layer in s for t in layer) == 2 * numbers for s in states)
+        assert all(t.isfinite().all() for s in states for layer in s for t in layer)
+
+
+@pytest.mark.parametrize("question, match", [
+    ("", "^question: got '', need at least one word$"), (" \n ", "^question: got .* need at least one word$"),
+    ("what colour is the lorry?", "^question: got words this model has never read: colour, lorry; it knows: .*circle"),
+    ("<pad> <nothing>", "^question: ")])
+def test_a_question_it_cannot_read(make_model, question, match):
+    model = make_model().eval()
+    for seen in (picture(), model.read_image(picture())):
+        with pytest.raises(ValueError, match=match) as error:
+            model.ask(seen, question)
+        assert "\n" not in str(error.value)
+
+
+# Configurations
+
+def test_presets():
+    assert set(MODEL_PRESETS) == {"lite", "tiny"}
+    sizes = {name: sum(p.numel() for p in VLMamba(preset(31)).parameters()) for name, preset in MODEL_PRESETS.items()}
+    assert 350_000 < sizes["lite"] < 450_000 and sizes["tiny"] < 20_000
+    config = lite_config(31)
+    assert (config.connector, config.connector_args["scan"]) == ("vss_l2", "bsm")                 # the paper's final model
+    assert tiny_config(9).language.vocab_size == 9 and tiny_config(9).language.mixer == "mamba2"
+
+
+def test_a_configuration_survives_json():
+    for preset in MODEL_PRESETS.values():
+        config = preset(31)
+        assert VLMambaConfig(**json.loads(json.dumps(asdict(config)))) == config
+        assert isinstance(VLMambaConfig(**asdict(config)).language, MambaConfig)
+
+
+def test_an_unknown_connector_is_named():
+    with pytest.raises(ValueError, match=r"^connector: got 'cnn', need one of \['mlp', 'vss_l2', 'vss_mlp'\]$"):
+        VLMambaConfig({}, "cnn", {}, MambaConfig())
+
+
+# On disk
+
+@pytest.mark.parametrize("connector, mixer", COMBINATIONS)
+def test_there_and_back(make_model, tmp_path, connector, mixer):
+    model = make_model(connector, mixer, n_layer=2)
+    model(*inputs(31)[:2])                                    # the batch norm's averages are no longer what they start with
+    model.eval().save_pretrained(tmp_path / "new" / "folder")
+    again = VLMamba.from_pretrained(tmp_path / "new" / "folder")
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == FILES
+    assert again.config == model.config and not again.training and again.device == torch.device("cpu")
+    assert again.tokenizer.to_str() == model.tokenizer.to_str()
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert list(ours) == list(theirs) and all(torch.equal(ours[n], theirs[n]) and ours[n].dtype == theirs[n].dtype for n in ours)
+    assert model.ask(picture(), QUESTION) == again.ask(picture(), QUESTION)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_weights_are_still_tied(make_model, tmp_path, tied):
+    model = make_model(tie_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    again = VLMamba.from_pretrained(tmp_path)
+    head, embedding = again.language.lm_head.weight, again.language.backbone.embedding.weight
+    assert (head is embedding) == tied
+    with torch.no_grad():
+        head.fill_(7)
+    assert (embedding == 7).all() == tied
+    stored = {name for name in load_file(tmp_path / "model.safetensors") if "embedding" in name or "lm_head" in name}
+    assert len(stored) == (1 if tied else 2)
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+def test_the_files_can_be_read_without_this_library(make_model, small, tmp_path):
+    from tokenizers import Tokenizer
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(weights[name], t) for name, t in model.state_dict().items() if name in weights)
+    assert set(model.state_dict()) - set(weights) == {"language.lm_head.weight"}                 # tied: it is the embedding
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "vlmamba" and config["language"]["d_model"] == 16
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(QUESTION).ids == encode_prompt(small.tokenizer, QUESTION)
+
+
+def test_saved_again_over_itself(make_model, tmp_path):
+    make_model(seed=1).save_pretrained(tmp_path)
+    model = make_model(connector="mlp", seed=2)
+    model.save_pretrained(tmp_path)
+    again = VLMamba.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    assert sorted(p.name for p in tmp_path.iterdir()) == FILES
+
+
+def test_no_pickle_is_involved(make_model, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("pickle")
+    for module, names in ((pickle, ("dump", "dumps", "load", "loads", "Pickler", "Unpickler")), (torch, ("save", "load"))):
+        for name in names:
+            monkeypatch.setattr(module, name, refuse)
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    VLMamba.from_pretrained(tmp_path)
+
+
+def test_files_are_as_readable_as_any_other(make_model, tmp_path):
+    "A model in a shared folder is not for its owner alone: no file is stricter than one that was simply written."
+    make_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "plain").write_text("")
+    modes = {p.name: oct(p.stat().st_mode) for p in (tmp_path / "model").iterdir()}
+    assert set(modes.values()) == {oct((tmp_path / "plain").stat().st_mode)}, modes
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "deep" / "notes.txt"
+    write_atomically(path, lambda part: part.write_text("old"))
+
+    def fail(part):
+        part.write_text("ne")
+        assert path.read_text() == "old"                      # never a half-written file under the good name
+        raise OSError("disk full")
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["notes.txt"]
+    write_atomically(str(path), lambda part: part.write_text("new"))
+    assert path.read_text() == "new" and [p.name for p in path.parent.iterdir()] == ["notes.txt"]
+
+
+def test_a_save_that_fails_leaves_the_old_model(make_model, tmp_path, monkeypatch):
+    old = make_model(seed=1)
+    old.save_pretrained(tmp_path)
+
+    def fail(_, path):
+        open(path, "wb").write(b"half")
+        raise OSError("disk full")
+    for name in ("save_model", "save_file"):
+        monkeypatch.setattr(f"vlmamba_lite.model.{name}", fail, raising=False)
+    with pytest.raises(OSError, match="disk full"):
+        make_model(seed=2).save_pretrained(tmp_path)
+    again = VLMamba.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(old.state_dict().values(), again.state_dict().values()))
+
+
+@pytest.fixture(scope="module")
+def saved(make_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    make_model().save_pretrained(folder)
+    return folder
+
+
+def refused(folder, kind, match):
+    with pytest.raises(kind, match=match) as error:
+        VLMamba.from_pretrained(folder)
+    assert "\n" not in str(error.value) and error.type in (ValueError, FileNotFoundError)
+
+
+def test_missing_files_are_named(saved, tmp_path):
+    refused(tmp_path / "nowhere", FileNotFoundError, "^model: no folder .*nowhere$")
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file", FileNotFoundError, "^model: no folder .*file$")
+    for missing in FILES:
+        folder = shutil.copytree(saved, tmp_path / missing)
+        (folder / missing).unlink()
+        refused(folder, FileNotFoundError, f"^model: no {missing} in ")
+    assert [p.name for p in model_files(saved)] == ["config.json", "tokenizer.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "llava"}', "{}", '{"vision": {}}'])
+def test_a_config_of_something_else(saved, tmp_path, text):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    (folder / "config.json").write_text(text)
+    refused(folder, ValueError, "config.json: got no model_type 'vlmamba', need a config.json written by save_pretrained$")
+    with pytest.raises(ValueError, match="model_type"):
+        read_config(folder / "config.json")
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: "{", lambda c: "", lambda c: "[1]", lambda c: json.dumps({"model_type": "vlmamba"}),
+    lambda c: json.dumps({**c, "colour": "red"}), lambda c: json.dumps({**c, "connector": "cnn"}),
+    lambda c: json.dumps({**c, "connector_args": {"scam": "bsm"}}), lambda c: json.dumps({**c, "vision": {"dim": 16, "wdth": 8}})],
+    ids=["torn", "empty", "list", "fields missing", "field too many", "connector", "connector_args", "vision"])
+def test_a_damaged_config(saved, tmp_path, change):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    (folder / "config.json").write_text(change(json.loads((folder / "config.json").read_text())))
+    refused(folder, ValueError, "config.json|connector: got 'cnn'")
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -10])
+def test_truncated_weights(saved, tmp_path, size):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    (folder / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:size])
+    refused(folder, ValueError, "model.safetensors")
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"version": 1}'])
+def test_a_damaged_tokenizer(saved, tmp_path, text):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    (folder / "tokenizer.json").write_text(text)
+    refused(folder, ValueError, "tokenizer.json")
+
+
+@pytest.mark.parametrize("change", ["shape", "missing", "extra"])
+def test_weights_that_do_not_fit_are_named(saved, tmp_path, change):
+    folder, name = shutil.copytree(saved, tmp_path / "model"), "vision.position"
+    weights = load_file(folder / "model.safetensors")
+    if change == "shape":
+        weights[name] = weights[name][:5].clone()
+    elif change == "missing":
+        del weights[name]
+    else:
+        weights[name := "vision.pose"] = torch.zeros(3)
+    save_file(weights, folder / "model.safetensors")
+    refused(folder, ValueError, rf"model.safetensors.*{name}")
+
+
+def test_another_connector_than_the_weights(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "connector": "mlp", "connector_args": {}}))
+    refused(folder, ValueError, "model.safetensors.*connector")
