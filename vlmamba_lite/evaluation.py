@@ -112,10 +112,11 @@ def pick_samples(predictions, data, count=8, seed=0):
 # %% ../nbs/17_evaluation.ipynb #a1609e18
 def plot_samples(predictions, data, rows, path=None):
     "Pictures with question, answer given and true answer (wrong ones in red); saved to `path` if given. Returns the figure."
-    from matplotlib import pyplot as plt                                  # only who draws pays for the import
+    from matplotlib.figure import Figure                                  # only who draws pays for the import
     columns = min(4, len(rows))
     lines = -(-len(rows) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(1.75 * columns, 2.3 * lines), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(1.75 * columns, 2.3 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for row, axis in zip(rows, axes.flat):

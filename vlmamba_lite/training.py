@@ -323,8 +323,9 @@ def fit(model, data, config, folder, seed=0, evaluate=None, resume=False, on_ste
 # %% ../nbs/16_training.ipynb #f1c89e88
 def plot_curves(metrics, path=None):
     "Loss and validation accuracy by type against the step, from `read_metrics`; saved to `path` if given. Returns the figure."
-    from matplotlib import pyplot as plt                                 # only who draws pays for the import
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
+    from matplotlib.figure import Figure                                 # only who draws pays for the import
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
     losses, checks = ([m for m in metrics if name in m] for name in ("loss", "validation"))
     left.semilogy([m["step"] for m in losses], [m["loss"] for m in losses], lw=1)
     left.set(xlabel="step", ylabel="training loss, nats a token")
