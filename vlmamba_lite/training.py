@@ -247,7 +247,7 @@ class StopRequest:
 
     def _ask(self, *_):
         self.asked = True
-        signal.signal(signal.SIGINT, self.before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)          # also where a shell began us with SIGINT ignored
 
     def __exit__(self, *_):
         signal.signal(signal.SIGINT, self.before)
