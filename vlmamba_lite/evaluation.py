@@ -122,7 +122,7 @@ def plot_samples(predictions, data, rows, path=None):
     for row, axis in zip(rows, axes.flat):
         given, true = predictions[row], data.answers[row]
         axis.imshow(data.images[data.image_of[row]].permute(1, 2, 0).numpy())
-        verdict = f"{given}" if given == true else f"{given}  (true: {true})"
+        verdict = given if given == true else fill(f"{given} (true: {true})", 24)
         axis.set_title(f"{fill(data.questions[row], 24)}\n{verdict}", fontsize=8, color="black" if given == true else "firebrick")
     if path is not None:
         write_atomically(path, lambda part: figure.savefig(part, dpi=150, format="png"))
