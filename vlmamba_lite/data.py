@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'SHAPES', 'VALIDATION_IMAGES', 'QUESTION_TYPES', 'CAPTION_QUESTION', 'ROW_TYPES', 'PAD', 'EOS', 'UNK',
-           'easy_vqa_folder', 'load_easy_vqa', 'question_type', 'caption', 'add_captions', 'row_type',
-           'build_tokenizer', 'encode_prompt', 'encode_turn', 'TurnView', 'show_turn', 'open_image', 'to_rgb',
-           'process_images', 'normalize', 'pad_rows', 'question_table', 'VQASet', 'build_set', 'augment',
-           'draw_questions']
+           'FAULTS', 'LONGEST_TEXT', 'SYSTEM', 'TEMPLATES', 'easy_vqa_folder', 'load_easy_vqa', 'question_type',
+           'caption', 'add_captions', 'row_type', 'build_tokenizer', 'encode_prompt', 'encode_turn', 'TurnView',
+           'show_turn', 'open_image', 'to_rgb', 'process_images', 'normalize', 'pad_rows', 'question_table', 'VQASet',
+           'build_set', 'augment', 'draw_questions', 'Conversation', 'SampleError', 'fault', 'check_text',
+           'check_conversation', 'Template', 'pick_template', 'encode_text', 'decode_ids', 'control_tokens', 'Codec',
+           'byte_tokenizer', 'ask_ids', 'reply_ids', 'join_turns', 'label_runs', 'supervised_texts', 'check_mask',
+           'Row', 'cut_row', 'encode_conversation', 'show_row', 'prompt_ids']
 
 # %% ../nbs/14_data.ipynb #945cb5e9
 import html
@@ -19,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import vlmamba_lite
 
@@ -316,3 +319,258 @@ def draw_questions(table, types, weights, count, rng):
     rows = np.take_along_axis(table, np.argsort(-keys, 1)[:, :count], 1)
     rows = np.pad(rows, ((0, 0), (0, count - rows.shape[1])), constant_values=-1)
     return np.where(rows >= 0, rows, rows[:, :1])
+
+# %% ../nbs/14_data.ipynb #a4c6fb9e
+@dataclass
+class Conversation:
+    "Pictures and what is said about them; `name` is what errors call it."
+    name: str
+    images: list     # PIL pictures, paths, or {"bytes": ...} as `datasets` stores them; may be empty
+    turns: list      # (what the user says, what the assistant answers), at least one pair
+
+# %% ../nbs/14_data.ipynb #8bf97c04
+FAULTS = ("record", "duplicate", "image", "turns", "empty", "text", "mask", "cut")
+
+
+class SampleError(ValueError):
+    "A sample that cannot be used: `sample` names it, `kind` is one of `FAULTS`."
+
+    def __init__(self, message, sample="", kind="record"):
+        super().__init__(message)
+        self.sample, self.kind = sample, kind
+
+
+def fault(sample, kind, text):
+    "A `SampleError` whose message begins with the sample's name."
+    return SampleError(f"sample {sample}: {text}", sample, kind)
+
+# %% ../nbs/14_data.ipynb #d3ffd2c0
+LONGEST_TEXT = 100_000     # characters of one turn
+
+
+def check_text(sample, who, text):
+    "Raises a `SampleError` for what is no text, empty, too long, or not valid Unicode."
+    if not isinstance(text, str):
+        raise fault(sample, "turns", f"{who}: got {type(text).__name__}, need text")
+    if not text.strip():
+        raise fault(sample, "empty", f"{who}: got an empty text {text[:20]!r}, need at least one word")
+    if len(text) > LONGEST_TEXT:
+        raise fault(sample, "text", f"{who}: got {len(text):,} characters, need at most {LONGEST_TEXT:,}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise fault(sample, "text", f"{who}: got half a character at {error.start}, need valid Unicode") from None
+
+# %% ../nbs/14_data.ipynb #246275ea
+def check_conversation(conversation):
+    "Raises a `SampleError` unless there is at least one turn and every turn is a pair of texts; returns the conversation."
+    name, turns = conversation.name, conversation.turns
+    if not turns:
+        raise fault(name, "turns", "got no turns, need at least one question with its answer")
+    for i, (question, answer) in enumerate(turns, 1):
+        check_text(name, f"user, turn {i}", question)
+        check_text(name, f"assistant, turn {i}", answer)
+    return conversation
+
+# %% ../nbs/14_data.ipynb #0219db50
+@dataclass(frozen=True)
+class Template:
+    "The text round the words of a conversation; `{eos}` is the tokenizer's end of text. Only words of the assistant and `end` are learned."
+    begin: str = ""          # once, after the pictures
+    user: str = ""           # before the user's words
+    assistant: str = ""      # between the user's words and the answer
+    space: str = ""          # before the words of both: sub-word tokenizers tie a space to the word after it
+    end: str = "{eos}"       # after an answer
+    between: str = ""        # before every turn but the first
+    asks: bool = True        # False: the user's words are left out
+    alone: bool = False      # True: every turn is a row of its own
+
+# %% ../nbs/14_data.ipynb #16f01695
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+TEMPLATES = {
+    "plain": Template(begin="\n", end="\n", asks=False),
+    "llava": Template(begin=SYSTEM, user=" USER:", assistant=" ASSISTANT:", space=" "),
+    "zephyr": Template(user="<|user|>\n", assistant="{eos}\n<|assistant|>\n", between="\n"),
+    "lite": Template(alone=True)}
+
+
+def pick_template(template):
+    "A `Template`, or the name of one in `TEMPLATES`."
+    if not isinstance(template, Template) and template not in TEMPLATES:
+        raise ValueError(f"template: got {template!r}, need a Template or one of {', '.join(TEMPLATES)}")
+    return template if isinstance(template, Template) else TEMPLATES[template]
+
+# %% ../nbs/14_data.ipynb #0e0a526e
+def encode_text(tokenizer, text, special):
+    "Token ids of `text`, nothing added. special: whether `<|endoftext|>` in it is the control token or letters."
+    if not isinstance(tokenizer, Tokenizer):
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
+    before, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, not special
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    finally:
+        tokenizer.encode_special_tokens = before
+
+
+def decode_ids(tokenizer, ids):
+    "The text of token ids, control tokens included."
+    tidy = {} if isinstance(tokenizer, Tokenizer) else {"clean_up_tokenization_spaces": False}
+    return tokenizer.decode(ids, skip_special_tokens=False, **tidy)
+
+# %% ../nbs/14_data.ipynb #ddb9e17d
+def control_tokens(tokenizer):
+    "(end-of-text token, its id, the id that fills rows, the ids that no text may have). ValueError without an end of text."
+    if isinstance(tokenizer, Tokenizer):
+        special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        eos = next((t for t in (EOS, "<|endoftext|>", "</s>") if t in special), None)
+        eos_id, pad_id, ids = special.get(eos), special.get(PAD), set(special.values())
+    else:
+        eos, eos_id, pad_id = tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.pad_token_id
+        ids = set(tokenizer.all_special_ids)
+    if eos_id is None:
+        raise ValueError("tokenizer: has no end-of-text token, so a model could not learn to stop")
+    return eos, eos_id, eos_id if pad_id is None else pad_id, ids
+
+# %% ../nbs/14_data.ipynb #eb3ebbf2
+class Codec:
+    "Words to ids and back with any tokenizer: of `tokenizers` or of `transformers`."
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.eos, self.eos_id, self.pad_id, self.special = control_tokens(tokenizer)
+
+    def literal(self, text):
+        "Ids of a template's own text, in which {eos} is the control token."
+        return encode_text(self.tokenizer, text.replace("{eos}", self.eos), special=True) if text else []
+
+    def words(self, text, sample):
+        "Ids of what somebody said. SampleError where the tokenizer does not know a word, or leaves nothing."
+        ids = encode_text(self.tokenizer, text, special=False)
+        if not ids or not self.special.isdisjoint(ids):
+            raise fault(sample, "mask", f"the tokenizer has no tokens for all of {text[:60]!r}")
+        return ids
+
+# %% ../nbs/14_data.ipynb #4931e557
+def byte_tokenizer(texts=(), vocab_size=257):
+    "A byte-level tokenizer like GPT-NeoX's, merges learned from `texts`: control token `<|endoftext|>`, no pad token. Spells any text."
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    return tokenizer
+
+# %% ../nbs/14_data.ipynb #1fddb73a
+def ask_ids(codec, template, question, sample, first=True):
+    "Ids of everything given before an answer: the template's text and the user's words."
+    ids = codec.literal(template.begin if first else template.between)
+    if template.asks:
+        ids = ids + codec.literal(template.user) + codec.words(template.space + question, sample)
+    return ids + codec.literal(template.assistant)
+
+
+def reply_ids(codec, template, answer, sample):
+    "Ids of what is learned: an answer and its end."
+    return codec.words(template.space + answer, sample) + codec.literal(template.end)
+
+# %% ../nbs/14_data.ipynb #6a11d54f
+def join_turns(codec, template, turns, sample):
+    "(input_ids, labels) of turns in one row: -100 under what is given."
+    ids, labels = [], []
+    for i, (question, answer) in enumerate(turns):
+        ask, reply = ask_ids(codec, template, question, sample, i == 0), reply_ids(codec, template, answer, sample)
+        ids += ask + reply
+        labels += [-100] * len(ask) + reply
+    return ids, labels
+
+# %% ../nbs/14_data.ipynb #c7694b3f
+def label_runs(labels):
+    "The runs of labels other than -100, each a list."
+    runs = [[]]
+    for label in [*labels, -100]:
+        if label != -100:
+            runs[-1].append(label)
+        elif runs[-1]:
+            runs.append([])
+    return runs[:-1]
+
+
+def supervised_texts(codec, template, labels):
+    "What is learned, decoded: one text for each run of labels, without the template's end and space; None for a run that does not end so."
+    end = codec.literal(template.end)
+    texts = [decode_ids(codec.tokenizer, run[:-len(end)]) if end and run[-len(end):] == end else None for run in label_runs(labels)]
+    return [text if text is None else text.removeprefix(template.space) for text in texts]
+
+# %% ../nbs/14_data.ipynb #4e296c83
+def check_mask(codec, template, ids, labels, answers, sample):
+    "Raises a `SampleError` unless exactly the answers are learned, each with its end, and the first token is given."
+    if any(label not in (-100, token) for token, label in zip(ids, labels, strict=True)):
+        raise fault(sample, "mask", "a label differs from its token")
+    got = supervised_texts(codec, template, labels)
+    if got != list(answers):
+        at = next((i for i, (a, b) in enumerate(zip(got, answers)) if a != b), min(len(got), len(answers)))
+        a, b = (str(texts[at])[:60] if at < len(texts) else None for texts in (got, answers))
+        raise fault(sample, "mask", f"answer {at + 1}: the labels decode to {a!r}, need {b!r}")
+    if labels[0] != -100:
+        raise fault(sample, "mask", "the row begins with a learned token, which nothing could predict; need a template with a beginning")
+
+# %% ../nbs/14_data.ipynb #2706b542
+@dataclass
+class Row:
+    "A row of text to train on, with the pictures it begins with."
+    name: str
+    images: list
+    input_ids: list
+    labels: list
+    cut: int = 0      # learned tokens lost to max_length
+
+
+def cut_row(row, max_length):
+    "The row, at most `max_length` tokens of it, with `cut` counted. SampleError where nothing is left to learn."
+    if max_length is not None and len(row.input_ids) > max_length:
+        lost = sum(label != -100 for label in row.labels[max_length:])
+        row = Row(row.name, row.images, row.input_ids[:max_length], row.labels[:max_length], row.cut + lost)
+    if all(label == -100 for label in row.labels[1:]):
+        raise fault(row.name, "cut", f"nothing is left to learn in {max_length} tokens; {row.cut} learned tokens were cut")
+    return row
+
+# %% ../nbs/14_data.ipynb #27f8a3e4
+def _check_fits(conversation, template):
+    if not template.asks and (len(conversation.turns) != 1 or not conversation.images):
+        raise fault(conversation.name, "turns", f"got {len(conversation.images)} pictures and {len(conversation.turns)} turns, "
+                    "need a picture and one turn where the template leaves out the user's words")
+
+
+def encode_conversation(conversation, tokenizer, template="zephyr", max_length=None):
+    """A `Conversation` -> its `Row`s: one, or one for each turn where the template says `alone`. tokenizer: of `tokenizers` or `transformers`.
+
+    Every mask is decoded and compared with the answers. Raises a `SampleError` that names the sample and what is wrong.
+    """
+    template, codec = pick_template(template), tokenizer if isinstance(tokenizer, Codec) else Codec(tokenizer)
+    turns, name = check_conversation(conversation).turns, conversation.name
+    _check_fits(conversation, template)
+    rows = []
+    for part in ([turn] for turn in turns) if template.alone else [turns]:
+        ids, labels = join_turns(codec, template, part, name)
+        check_mask(codec, template, ids, labels, [answer for _, answer in part], name)
+        rows.append(cut_row(Row(name, conversation.images, ids, labels), max_length))
+    return rows
+
+# %% ../nbs/14_data.ipynb #03e26859
+def show_row(tokenizer, *rows):
+    "A view of `Row`s token by token, with what is learned marked, as `show_turn` shows it."
+    signs = str.maketrans({" ": "·", "\n": "⏎"})
+    def token(i):
+        return decode_ids(tokenizer, [i]).translate(signs)
+    return TurnView([[(token(i), "given" if y == -100 else "learned") for i, y in zip(row.input_ids, row.labels)] for row in rows])
+
+# %% ../nbs/14_data.ipynb #e743a153
+def prompt_ids(tokenizer, question, turns=(), template="zephyr"):
+    "Ids of a prompt that ends where an answer begins, after the earlier `turns`: exactly the beginning of the training row."
+    template, codec = pick_template(template), tokenizer if isinstance(tokenizer, Codec) else Codec(tokenizer)
+    if template.alone or not template.asks:
+        turns = ()                                              # such rows know no earlier turns
+    ids, _ = join_turns(codec, template, turns, "prompt")
+    return ids + ask_ids(codec, template, question, "prompt", first=not turns)
