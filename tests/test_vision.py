@@ -1,11 +1,20 @@
-"""The vision encoder: shapes, what a token can see, a slow twin in float64, what it refuses."""
+"""The vision encoders: slow twins in float64, the models and image processors of transformers as peers, what they refuse."""
+import json
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from vlmamba_lite.vision import ConvEncoder, conv_stage
+from vlmamba_lite.vision import (
+    CLIP, CLIP_COLOURS, TIMM_NAMES, TOWER_SHAPES, ConvEncoder, DINOv2, FusedEncoder, Preprocess, SigLIP, ViT, attention_map, build_encoder,
+    conv_stage, draw_map, encoder_spec, feature_map, find_file, load_encoder, load_preprocess, new_tower, preprocess_from_config,
+    resize_positions, tower_config, tower_name, vit_hidden)
 
 
 def relative_error(x, y):
@@ -170,3 +179,595 @@ def test_learns_a_colour():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1
+
+
+# ---- the vision transformer
+
+def vit(dim=12, depth=2, heads=3, patch_size=4, image_size=16, seed=0):
+    torch.manual_seed(seed)
+    model = ViT(dim, depth, heads, patch_size, image_size)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def slow_vit(model, images):
+    "Patch by patch, head by head, in the dtype of the pictures."
+    p, dtype = model.patch_size, images.dtype
+    n, _, height, width = images.shape
+    grid = (height // p, width // p)
+    rows = []
+    for r in range(grid[0]):
+        for c in range(grid[1]):
+            patch = images[:, :, r * p:(r + 1) * p, c * p:(c + 1) * p].flatten(1)
+            rows.append(patch @ model.patches.weight.to(dtype).flatten(1).T + model.patches.bias.to(dtype))
+    x = torch.stack(rows, 1) + resize_positions(model.position.to(dtype), model.side, grid)
+
+    def norm(x, layer):
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + layer.eps).sqrt()
+        return scaled * layer.weight.to(dtype) + layer.bias.to(dtype)
+
+    def linear(x, layer):
+        return x @ layer.weight.to(dtype).T + layer.bias.to(dtype)
+
+    for block in model.blocks:
+        q, k, v = linear(norm(x, block.norm1), block.qkv).chunk(3, -1)
+        heads = []
+        for h in range(block.heads):
+            d = q.shape[-1] // block.heads
+            part = slice(h * d, (h + 1) * d)
+            scores = q[..., part] @ k[..., part].mT / d ** 0.5
+            heads.append((scores.exp() / scores.exp().sum(-1, keepdim=True)) @ v[..., part])
+        x = x + linear(torch.cat(heads, -1), block.out)
+        hidden = linear(norm(x, block.norm2), block.mlp[0])
+        x = x + linear(hidden * (1 + torch.erf(hidden / 2 ** 0.5)) / 2, block.mlp[2])
+    return norm(x, model.norm)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (4, 4), (4, 20), (28, 8), (36, 20)])
+def test_vit_equals_the_slow_twin(size):
+    model, images = vit(), torch.randn(2, 3, *size)
+    tokens, grid = model(images)
+    assert grid == (size[0] // 4, size[1] // 4) and tokens.shape == (2, grid[0] * grid[1], 12)
+    weight = torch.randn_like(tokens)
+    grads = torch.autograd.grad((tokens * weight).sum(), list(model.parameters()))
+    want = slow_vit(model, images.double())
+    wanted = torch.autograd.grad((want * weight).sum(), list(model.parameters()))
+    assert relative_error(tokens, want) < 1e-5
+    for (name, _), g, w in zip(model.named_parameters(), grads, wanted):
+        assert (g - w).abs().max() < 1e-4 * max(1, w.abs().max()), name
+
+
+def test_vit_gradcheck():
+    model = vit(dim=4, depth=1, heads=2, image_size=8).double()
+    images = torch.randn(1, 3, 8, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: model(x)[0], images)
+
+
+def test_vit_equals_a_peer():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SiglipVisionConfig(hidden_size=12, intermediate_size=48, num_hidden_layers=2, num_attention_heads=3,
+                                             image_size=16, patch_size=4, hidden_act="gelu", vision_use_head=False)
+    peer, model = transformers.SiglipVisionModel(config).eval(), vit()
+    core = getattr(peer, "vision_model", peer)
+    pairs = [(core.embeddings.patch_embedding, model.patches), (core.post_layernorm, model.norm)]
+    core.embeddings.position_embedding.weight.data = model.position.data
+    for theirs, ours in zip(core.encoder.layers, model.blocks):
+        for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            layer = getattr(theirs.self_attn, name)
+            layer.weight.data, layer.bias.data = ours.qkv.weight.data.chunk(3)[i], ours.qkv.bias.data.chunk(3)[i]
+        pairs += [(theirs.layer_norm1, ours.norm1), (theirs.layer_norm2, ours.norm2), (theirs.self_attn.out_proj, ours.out),
+                  (theirs.mlp.fc1, ours.mlp[0]), (theirs.mlp.fc2, ours.mlp[2])]
+    for theirs, ours in pairs:
+        theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(3, 3, 16, 16)
+    assert relative_error(model(images)[0], peer(images).last_hidden_state) < 1e-5
+
+
+def test_vit_bfloat16_and_learning():
+    model, images = vit(), torch.randn(2, 3, 16, 24)
+    got = model.bfloat16()(images.bfloat16())[0]
+    assert got.dtype == torch.bfloat16 and relative_error(got, model.float()(images)[0]) < 0.1
+    model = vit().train()
+    model(images)[0].square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("arguments", [dict(dim=10, heads=4), dict(dim=8, image_size=20), dict(dim=0), dict(dim=8, patch_size=0),
+                                       dict(dim=8.0), dict(dim=8, heads="2")])
+def test_vit_refuses_shapes(arguments):
+    with pytest.raises(ValueError, match=r"(dim|heads|image_size|patch_size)[\w, ]*: got .* need"):
+        ViT(**arguments)
+
+
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(st.integers(1, 7), st.integers(1, 9), st.integers(1, 9))
+def test_positions_keep_a_constant_and_follow_rows(side, height, width):
+    rows = torch.arange(side, dtype=torch.float64).repeat_interleave(side)
+    got = resize_positions(torch.stack([torch.ones(side * side), rows], 1), side, (height, width)).view(height, width, 2)
+    torch.testing.assert_close(got[..., 0], torch.ones_like(got[..., 0]))
+    assert (got[..., 1] - got[:, :1, 1]).abs().max() < 1e-9                  # the same in every column
+    if height == side:
+        torch.testing.assert_close(got[:, 0, 1], rows[::side])
+    turned = resize_positions(rows.view(side, side).T.reshape(-1, 1), side, (width, height)).view(width, height)
+    torch.testing.assert_close(turned.T, got[..., 1])                        # rows and columns are treated alike
+
+
+def test_positions_on_their_own_grid_are_untouched():
+    positions = torch.randn(9, 4, requires_grad=True)
+    assert resize_positions(positions, 3, (3, 3)) is positions
+    got = resize_positions(positions.bfloat16(), 3, (2, 5))
+    assert got.dtype == torch.bfloat16 and relative_error(got, resize_positions(positions, 3, (2, 5))) < 0.01
+
+
+def test_positions_equal_a_peer():
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.Dinov2WithRegistersModel(tower_config("tiny-dinov2-registers")).embeddings
+    torch.nn.init.normal_(peer.position_embeddings)
+    for grid in ((4, 4), (3, 7), (9, 2), (1, 1)):
+        want = peer.interpolate_pos_encoding(torch.zeros(1, grid[0] * grid[1] + 1, 32), 8 * grid[0], 8 * grid[1])[0, 1:]
+        torch.testing.assert_close(resize_positions(peer.position_embeddings[0, 1:], 4, grid), want)
+
+
+# ---- pictures to tensors
+
+def picture(width, height, mode="RGB", seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def peer_processor(name, **settings):
+    "An image processor of transformers that works with Pillow."
+    transformers = pytest.importorskip("transformers")
+    return (getattr(transformers, name + "Pil", None) or getattr(transformers, name))(**settings)
+
+
+PEERS = {
+    "siglip": ("SiglipImageProcessor", dict(size={"height": 30, "width": 30}), SigLIP.published(30)),
+    "clip": ("CLIPImageProcessor", dict(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30}), CLIP.published(30)),
+    "dinov2": ("BitImageProcessor", dict(size={"shortest_edge": 34}, crop_size={"height": 30, "width": 30},
+                                         image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]), DINOv2.published(30)),
+    "small crop": ("CLIPImageProcessor", dict(size={"shortest_edge": 21}, crop_size={"height": 33, "width": 30}),
+                   Preprocess(21, (33, 30), *CLIP_COLOURS)),
+    "bilinear": ("SiglipImageProcessor", dict(size={"height": 17, "width": 40}, resample=2), Preprocess((17, 40), resample="bilinear")),
+    "llava": ("LlavaImageProcessor", dict(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30}, do_pad=True),
+              Preprocess(30, (30, 30), *CLIP_COLOURS, pad_to_square=True))}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_pixels_equal_the_processors_of_transformers(name):
+    processor, own = peer_processor(PEERS[name][0], **PEERS[name][1]), PEERS[name][2]
+    for i, size in enumerate([(64, 64), (30, 30), (31, 47), (200, 33), (5, 7), (7, 5), (1, 1), (1, 60), (333, 500)]):
+        image = picture(*size, seed=i)
+        want = processor(image, return_tensors="pt")["pixel_values"]
+        got = own(image)
+        assert got.shape == want.shape and got.dtype == torch.float32
+        assert (got - want).abs().max() < 1e-5, size
+        assert torch.equal(own(np.asarray(image)), got)                      # bytes, as array or tensor
+        assert torch.equal(own(torch.from_numpy(np.array(image)).permute(2, 0, 1)), got)
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(st.sampled_from(["siglip", "clip", "dinov2", "llava"]), st.integers(1, 90), st.integers(1, 90))
+def test_pixels_equal_the_processors_at_any_size(name, width, height):
+    processor = peer_processor(PEERS[name][0], **PEERS[name][1])
+    want = processor(picture(width, height), return_tensors="pt")["pixel_values"]
+    assert (PEERS[name][2](picture(width, height)) - want).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name,size", [("siglip", 384), ("clip", 336), ("dinov2", 224)])
+def test_published_settings(name, size):
+    "At the real sizes, on a photograph-like picture."
+    family = {"siglip": SigLIP, "clip": CLIP, "dinov2": DINOv2}[name]
+    shape = {"siglip": dict(size={"height": size, "width": size}), "clip": dict(size={"shortest_edge": size}),
+             "dinov2": dict(size={"shortest_edge": 256}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])}[name]
+    if name != "siglip":
+        shape["crop_size"] = {"height": size, "width": size}
+    want = peer_processor(PEERS[name][0], **shape)(picture(640, 427), return_tensors="pt")["pixel_values"]
+    assert (family.published(size)(picture(640, 427)) - want).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "RGBA", "CMYK"])
+def test_picture_modes(mode):
+    image = picture(40, 50, mode)
+    want = peer_processor("SiglipImageProcessor", size={"height": 30, "width": 30})(image, return_tensors="pt")["pixel_values"]
+    assert (SigLIP.published(30)(image) - want).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_settings_are_read_from_the_file(name, tmp_path):
+    processor = peer_processor(PEERS[name][0], **PEERS[name][1])
+    processor.save_pretrained(tmp_path)
+    assert load_preprocess(tmp_path) == PEERS[name][2]
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings, "processor_class": "X"}))
+    assert load_preprocess(tmp_path) == PEERS[name][2]
+
+
+def test_old_settings_and_refused_ones(tmp_path):
+    old = {"crop_size": 336, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 336,
+           "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": CLIP_COLOURS[0], "image_std": list(CLIP_COLOURS[1])}
+    assert preprocess_from_config(old) == CLIP.published(336)
+    for change in (dict(do_rescale=False), dict(do_resize=False), dict(do_normalize=False), dict(do_pad=True), dict(resample=9),
+                   dict(rescale_factor=1 / 127.5), dict(size={"longest_edge": 512}), dict(image_mean=None), dict(image_std=[0.5, 0.5]),
+                   dict(image_std=[0.5, 0, 0.5]), dict(crop_size="large"), dict(size=None)):
+        with pytest.raises(ValueError, match="got .* need"):
+            preprocess_from_config({**old, **change})
+    with pytest.raises(ValueError, match=r"no preprocessor_config.json, need one, or preprocess=Preprocess"):
+        load_preprocess(tmp_path)
+
+
+def test_files_of_the_hub(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    (tmp_path / "there").write_text("{}")
+
+    def download(source, name):
+        assert source == "some/model"
+        if name == "offline":
+            raise LocalEntryNotFoundError("no network")
+        if name != "there":
+            raise EntryNotFoundError("no such file")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert find_file("some/model", "there") == tmp_path / "there" and find_file("some/model", "missing") is None
+    with pytest.raises(LocalEntryNotFoundError):                             # not known is not the same as not there
+        find_file("some/model", "offline")
+    assert find_file(tmp_path, "there") == tmp_path / "there" and find_file(tmp_path, "missing") is None
+
+
+@pytest.mark.parametrize("bad,message", [
+    (torch.rand(3, 8, 8), "got float32"), (np.zeros((8, 8)), "got float64"), (np.zeros((8, 8, 4), np.uint8), "need bytes with 3 channels"),
+    (torch.zeros(1, 8, 8, dtype=torch.uint8), "need bytes with 3 channels"), ("cat.png", "got str"), ([], "got none"), (None, "NoneType"),
+    (np.zeros((0, 8, 3), np.uint8), "at least 1x1"), ([[1, 2]], "got list"), (Image.new("RGB", (1, 500)), "100 to 1")])
+def test_preprocess_refuses(bad, message):
+    with pytest.raises(ValueError, match=f"images: .*{message}"):
+        Preprocess(8, (8, 8))(bad if isinstance(bad, list) or getattr(bad, "ndim", 0) == 3 or isinstance(bad, Image.Image) else [bad])
+
+
+def test_preprocess_batches():
+    own = Preprocess((8, 8))
+    images = [picture(9, 12, seed=i) for i in range(3)]
+    assert torch.equal(own(images), torch.cat([own(image) for image in images]))
+    assert own.pixels(images).dtype == torch.uint8 and own.pixels(images).shape == (3, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"images: got sizes \[\(8, 8\), \(16, 8\)\] after resizing, need one"):
+        Preprocess(8)([picture(20, 20), picture(20, 40)])
+    for bad in (dict(size=0), dict(size=(8,)), dict(size=8, crop=8), dict(size=8, mean=(1, 2)), dict(size=8, std=(0, 1, 1)),
+                dict(size=8, resample="cubic"), dict(size=True)):
+        with pytest.raises(ValueError, match="(size|crop|mean|std|resample): got"):
+            Preprocess(**bad)
+
+
+# ---- pretrained towers
+
+TOYS = {"tiny-siglip": SigLIP, "tiny-clip": CLIP, "tiny-dinov2": DINOv2, "tiny-dinov2-registers": DINOv2}
+
+
+def toy(name, seed=0, **options):
+    torch.manual_seed(seed)
+    tower = TOYS[name](name, **options)
+    for p in tower.parameters():
+        torch.nn.init.normal_(p, std=0.2)                                    # class token, registers and LayerScale too
+    return tower
+
+
+def peer_of(tower, name):
+    "The whole model of transformers with the weights of the tower."
+    pytest.importorskip("transformers")
+    peer = new_tower(name).eval()
+    core = getattr(peer, "vision_model", peer)
+    missing, unexpected = core.load_state_dict(tower.model.state_dict(), strict=False)
+    assert not unexpected
+    return peer
+
+
+@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("layer", [-2, -1, 1, 0])
+def test_tower_equals_the_hidden_state_of_its_peer(name, layer):
+    tower = toy(name, layer=layer)
+    peer, skip = peer_of(tower, name), {"tiny-siglip": 0, "tiny-clip": 1, "tiny-dinov2": 1, "tiny-dinov2-registers": 5}[name]
+    for size in ((32, 32), (8, 8), (40, 24), (37, 63), (8, 64)):
+        images = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            want = peer(images, output_hidden_states=True, **tower.options).hidden_states[layer][:, skip:]
+        tokens, grid = tower(images)
+        assert grid == (size[0] // 8, size[1] // 8) and tokens.shape == (2, grid[0] * grid[1], 32)
+        assert relative_error(tokens, want) < 1e-5
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_tower_from_picture_to_tokens(name):
+    "The whole way: our preparation and our tower against theirs."
+    tower = toy(name)
+    config = {"tiny-siglip": ("siglip", dict(size={"height": 32, "width": 32})),
+              "tiny-clip": ("clip", dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}))}.get(
+        name, ("dinov2", dict(size={"shortest_edge": 37}, crop_size={"height": 32, "width": 32},
+                              image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])))
+    image = picture(50, 41)
+    pixel_values = peer_processor(PEERS[config[0]][0], **config[1])(image, return_tensors="pt")["pixel_values"]
+    want = peer_of(tower, name)(pixel_values, output_hidden_states=True).hidden_states[-2][:, tower.skip:]
+    assert relative_error(tower(tower.preprocess(image))[0], want) < 1e-5
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_tower_bfloat16(name):
+    tower, images = toy(name), torch.randn(2, 3, 40, 24)
+    want = tower(images)[0]
+    half = tower.bfloat16()
+    assert half(images)[0].dtype == torch.float32 and half(images.bfloat16())[0].dtype == torch.bfloat16
+    assert relative_error(half(images)[0], want) < 0.1
+
+
+@pytest.mark.parametrize("name,millions,tokens", [("google/siglip-so400m-patch14-384", 428.2, 729), ("facebook/dinov2-large", 304.4, 1369),
+                                                  ("openai/clip-vit-large-patch14-336", 303.5, 576),
+                                                  ("facebook/dinov2-with-registers-large", 304.4, 1369)])
+def test_published_sizes(name, millions, tokens):
+    "Parameters as on the model cards (SigLIP's image encoder 428 M) and in the ML-Mamba paper (DINOv2 304 M); tokens at the native size."
+    pytest.importorskip("transformers")
+    whole = new_tower(name, device="meta")
+    assert abs(sum(p.numel() for p in whole.parameters()) / 1e6 - millions) < 0.1
+    assert {p.device.type for p in whole.parameters()} == {"meta"}
+    shape = TOWER_SHAPES[name]
+    tower = next(f for f in (SigLIP, CLIP, DINOv2) if shape["model_type"] in f.model_types)(name, device="meta")
+    assert tower.layer == shape["num_hidden_layers"] - 1
+    out, grid = tower(torch.zeros(1, 3, shape["image_size"], shape["image_size"], device="meta"))
+    assert out.shape == (1, tokens, shape["hidden_size"]) and grid[0] * grid[1] == tokens
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_frozen_is_frozen(name):
+    tower, images = toy(name), torch.randn(2, 3, 32, 32)
+    before = {key: p.clone() for key, p in tower.state_dict().items()}
+    holder = torch.nn.ModuleList([tower, torch.nn.Linear(32, 1)]).train().requires_grad_(True)
+    assert not any(m.training for m in tower.modules()) and holder[1].training
+    optimizer = torch.optim.AdamW(holder.parameters(), lr=0.1, weight_decay=0.5)
+    holder[1](tower(images)[0]).sum().backward()
+    optimizer.step()
+    assert all(p.grad is None for p in tower.parameters()) and holder[1].weight.grad.abs().sum() > 0
+    assert all(torch.equal(p, before[key]) for key, p in tower.state_dict().items())
+    assert not any(p.requires_grad for p in toy(name).parameters())
+    images.requires_grad_(True)
+    assert torch.autograd.grad(tower(images)[0].square().sum(), images)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("layer", [-2, -1])
+def test_trained_towers_train_every_weight(name, layer):
+    tower = toy(name, frozen=False, layer=layer)
+    assert tower.training and not tower.eval().training and tower.train().training
+    tower(torch.randn(2, 3, 32, 32))[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tower.parameters())      # nothing that waits in vain
+    before = {key: p.clone() for key, p in tower.named_parameters()}
+    torch.optim.SGD(tower.parameters(), 0.1).step()
+    assert not all(torch.equal(p, before[key]) for key, p in tower.named_parameters())
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_loads_from_a_folder(name, tmp_path):
+    pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    whole, family = new_tower(name).eval(), TOYS[name]
+    whole.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no preprocessor_config.json"):
+        family.from_pretrained(tmp_path)
+    own = Preprocess(33, (32, 32), *CLIP_COLOURS)
+    tower = family.from_pretrained(tmp_path, preprocess=own, layer=1, frozen=False)
+    assert tower.preprocess == own and tower.layer == 1 and not tower.frozen
+    peer_processor("CLIPImageProcessor", size={"shortest_edge": 33}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    tower = load_encoder(tmp_path)
+    assert type(tower) is family and tower.preprocess == own and tower.layer == 2 and tower.frozen and not tower.training
+    images = torch.randn(1, 3, 32, 40)
+    want = whole(images, output_hidden_states=True, **tower.options).hidden_states[2][:, tower.skip:]
+    assert relative_error(tower(images)[0], want) < 1e-6
+    assert load_encoder(tmp_path, image_size=48).preprocess == Preprocess((48, 48), None, *CLIP_COLOURS)
+    assert load_encoder(tmp_path, pad_to_square=True).preprocess == Preprocess(33, (32, 32), *CLIP_COLOURS, pad_to_square=True)
+    assert next(load_encoder(tmp_path, dtype=torch.bfloat16).parameters()).dtype == torch.bfloat16
+    assert next(tower.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["siglip", "clip"])
+def test_takes_the_vision_half_of_a_whole_model(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=20, max_position_embeddings=8)
+    vision = {k: v for k, v in TOWER_SHAPES[f"tiny-{name}"].items() if k != "model_type"}
+    config, model = {"siglip": (transformers.SiglipConfig, transformers.SiglipModel), "clip": (transformers.CLIPConfig, transformers.CLIPModel)}[name]
+    whole = model(config(text_config=text, vision_config=vision)).eval()
+    whole.save_pretrained(tmp_path)
+    tower = load_encoder(tmp_path, preprocess=Preprocess((32, 32)))
+    images = torch.randn(1, 3, 32, 32)
+    want = whole.vision_model(images, output_hidden_states=True).hidden_states[-2][:, tower.skip:]
+    assert relative_error(tower(images)[0], want) < 1e-6
+
+
+def test_loading_refuses(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file, save_file
+    new_tower("tiny-clip").save_pretrained(tmp_path)
+    own = Preprocess((32, 32))
+    with pytest.raises(ValueError, match=r"got a model of type 'clip_vision_model', need one of \('siglip_vision_model',\)"):
+        SigLIP.from_pretrained(tmp_path, preprocess=own)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = next(key for key in weights if "layers.1.mlp.fc1.weight" in key)
+    save_file({key: value for key, value in weights.items() if key != lost}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="got no weights for 1 parameters, the first is .*layers.1.mlp.fc1.weight"):
+        CLIP.from_pretrained(tmp_path, preprocess=own)
+    (tmp_path / "text").mkdir()
+    transformers.GPT2Config().save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="got a model of type 'gpt2', need one of"):
+        load_encoder(tmp_path / "text")
+    (tmp_path / "empty").mkdir()
+    for load in (load_encoder, lambda source: CLIP.from_pretrained(source, preprocess=own)):
+        with pytest.raises(ValueError, match="empty: cannot be read as a model of transformers"):
+            load(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("make,message", [
+    (lambda: SigLIP("google/siglip-of-nobody"), "config: got 'google/siglip-of-nobody', need a dict or one of"),
+    (lambda: CLIP("tiny-siglip"), "config: got model_type 'siglip_vision_model', need one of"),
+    (lambda: DINOv2(dict(hiden_size=32)), r"config: got unknown fields \['hiden_size'\]"),
+    (lambda: DINOv2(dict(model_type="vit")), "config: got model_type 'vit'"),
+    (lambda: SigLIP({**TOWER_SHAPES["tiny-siglip"], "num_channels": 1}), "config: got num_channels 1, need 3"),
+    (lambda: SigLIP("tiny-siglip", layer=4), "layer: got 4, need a whole number from -4 to 3"),
+    (lambda: SigLIP("tiny-siglip", layer=-5), "layer: got -5"), (lambda: SigLIP("tiny-siglip", layer=1.0), "layer: got 1.0"),
+    (lambda: build_encoder({"kind": "sigclip"}), r"kind: got 'sigclip', need one of \['clip', 'conv'")])
+def test_towers_refuse(make, message):
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("encoder", ["tower", "vit"])
+@pytest.mark.parametrize("images,message", [
+    (torch.zeros(1, 1, 32, 32), r"got shape \(1, 1, 32, 32\), need \(batch, 3, height, width\)"), (torch.zeros(3, 32, 32), "got shape"),
+    (torch.zeros(1, 4, 32, 32), "got shape"), (torch.zeros(1, 3, 7, 32), "at least 8 pixels"), (torch.zeros(1, 32, 32, 3), "got shape"),
+    (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "got torch.uint8, need floating point"),
+    (torch.full((1, 3, 32, 32), 255.), "got values up to 255, need normalised"), (torch.full((1, 3, 32, 32), torch.nan), "up to nan")])
+def test_encoders_refuse_pictures(encoder, images, message):
+    model = toy("tiny-clip") if encoder == "tower" else ViT(8, 1, 2)
+    with pytest.raises(ValueError, match=f"images: .*{message}"):
+        model(images)
+
+
+def test_vit_refuses_part_patches():
+    with pytest.raises(ValueError, match=r"images: got \(33, 32\) pixels, need multiples of the patch size 8"):
+        ViT(8, 1, 2)(torch.zeros(1, 3, 33, 32))
+
+
+# ---- several towers, specs, names
+
+def test_fused_is_side_by_side():
+    dino, siglip = toy("tiny-dinov2-registers"), toy("tiny-siglip", seed=1)
+    fused, image = FusedEncoder([dino, siglip]), picture(50, 41)
+    assert fused.preprocess == Preprocess((32, 32)) and fused.dim == 64
+    tokens, grid = fused(fused.preprocess(image))
+    assert tokens.shape == (1, 16, 64) and grid == (4, 4)
+    pixels = fused.preprocess.pixels(image)                                  # the same bytes in each tower's colours
+    want = torch.cat([tower(tower.preprocess.normalize(pixels))[0] for tower in (dino, siglip)], -1)
+    assert relative_error(tokens, want) < 1e-5
+    swapped = FusedEncoder([siglip, dino], preprocess=fused.preprocess)(fused.preprocess(image))[0]
+    torch.testing.assert_close(swapped, tokens.roll(32, -1))
+    clip = FusedEncoder([toy("tiny-clip")])                                  # one tower that takes pictures in [-1, 1]
+    torch.testing.assert_close(clip(clip.preprocess(image))[0], clip.towers[0](clip.towers[0].preprocess(image))[0], atol=1e-5, rtol=1e-4)
+
+
+def test_fused_refuses_different_grids():
+    fused = FusedEncoder([toy("tiny-dinov2"), SigLIP({**TOWER_SHAPES["tiny-siglip"], "patch_size": 4})])
+    with pytest.raises(ValueError, match=r"towers: got grids \[\(4, 4\), \(8, 8\)\] from pictures of \(32, 32\) pixels"):
+        fused(torch.zeros(1, 3, 32, 32))
+
+
+def test_fused_freezes_each_for_itself():
+    fused = FusedEncoder([toy("tiny-dinov2", frozen=False), toy("tiny-siglip")]).train()
+    assert fused.towers[0].training and not fused.towers[1].training
+    fused(torch.randn(1, 3, 32, 32))[0].sum().backward()
+    assert all(p.grad is not None for p in fused.towers[0].parameters()) and all(p.grad is None for p in fused.towers[1].parameters())
+
+
+@pytest.mark.parametrize("name", [*TOYS, "fused"])
+def test_built_again_from_its_spec(name):
+    pytest.importorskip("transformers")
+    encoder = FusedEncoder([toy("tiny-dinov2"), toy("tiny-siglip", frozen=False)]) if name == "fused" else toy(name, layer=1, frozen=False)
+    again = build_encoder(json.loads(json.dumps(encoder_spec(encoder))))
+    again.load_state_dict(encoder.state_dict())
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(again(images)[0], encoder(images)[0]) and again.preprocess == encoder.preprocess
+    assert encoder_spec(again) == encoder_spec(encoder)
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in encoder.parameters()]
+
+
+def test_build_knows_the_small_ones():
+    assert isinstance(build_encoder(dict(dim=16, width=8, image_size=64)), ConvEncoder)
+    assert isinstance(build_encoder(dict(kind="vit", dim=16, depth=1)), ViT)
+    torch.manual_seed(0)
+    want = ConvEncoder(16, 8)
+    torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(build_encoder(dict(dim=16, width=8)).parameters(), want.parameters()))
+
+
+def test_several_names_make_one(tmp_path):
+    pytest.importorskip("transformers")
+    for name in ("tiny-dinov2", "tiny-siglip"):
+        new_tower(name).save_pretrained(tmp_path / name)
+    fused = load_encoder(f"{tmp_path}/tiny-dinov2 + {tmp_path}/tiny-siglip", preprocess=DINOv2.published(32), image_size=32)
+    assert [tower.kind for tower in fused.towers] == ["dinov2", "siglip"] and fused.preprocess == Preprocess((32, 32))
+
+
+def test_names_of_timm():
+    assert tower_name("vit_so400m_patch14_siglip_384") == tower_name("timm/vit_so400m_patch14_siglip_384.webli") == "google/siglip-so400m-patch14-384"
+    assert tower_name("vit_large_patch14_reg4_dinov2.lvd142m") == "facebook/dinov2-with-registers-large"
+    assert tower_name("/some/folder") == "/some/folder" and set(TIMM_NAMES.values()) < set(TOWER_SHAPES)
+
+
+def test_timm_knows_them():
+    timm = pytest.importorskip("timm", reason="timm is not installed; its names are translated without it")
+    assert all(timm.is_model(name.split(".")[0]) for name in TIMM_NAMES)
+
+
+# ---- maps
+
+@pytest.mark.parametrize("name", TOYS)
+def test_attention_equals_the_peer(name):
+    tower, images = toy(name), torch.randn(2, 3, 32, 24)
+    core = getattr(peer := peer_of(tower, name), "vision_model", peer)
+    core.config._attn_implementation = "eager"
+    want = core(images, output_attentions=True, **tower.options).attentions[1][..., tower.skip:]
+    usual = tower.model.config._attn_implementation
+    got = attention_map(tower, images, (2, 1))
+    assert got.shape == (2, 4, 4, 3) and tower.model.config._attn_implementation == usual
+    torch.testing.assert_close(got, want[:, :, tower.skip + 7].unflatten(-1, (4, 3)))
+    rows = want[:, :, 0] if tower.skip else want.mean(2)
+    torch.testing.assert_close(attention_map(tower, images), rows.unflatten(-1, (4, 3)))
+    for bad in (dict(layer=2), dict(layer=-3), dict(patch=(4, 0)), dict(patch=(0, -1))):
+        with pytest.raises(ValueError, match="(layer|patch): got"):
+            attention_map(tower, images, **bad)
+
+
+def test_attention_of_the_vit():
+    "The weights give the block's output: they are what it used."
+    model, images = vit(), torch.randn(2, 3, 16, 8)
+    x, grid = vit_hidden(model, images, 1)
+    block = model.blocks[1]
+    weights = block.attention(x)
+    y = x + block.out((weights @ block.split(x)[2]).transpose(1, 2).flatten(2))
+    assert relative_error(block(x), y + block.mlp(block.norm2(y))) < 1e-5
+    torch.testing.assert_close(attention_map(model, images, (3, 1)), weights[:, :, 7].unflatten(-1, grid))
+    torch.testing.assert_close(attention_map(model, images).sum((2, 3)), torch.ones(2, 3))
+
+
+def test_feature_map():
+    "Two kinds of token, two colours; nothing but the grid changes with the order; few channels and equal tokens are fine."
+    torch.manual_seed(0)
+    kinds = torch.randn(2, 10)
+    which = torch.tensor([0, 0, 1, 0, 1, 1])
+    colours = feature_map(kinds[which], (2, 3))
+    assert colours.shape == (2, 3, 3) and colours.min() == 0 and colours.max() == 1
+    first = colours.flatten(0, 1)[:, 0]
+    assert set(first[which == 0].round().tolist()) != set(first[which == 1].round().tolist())
+    x = torch.randn(12, 8)
+    torch.testing.assert_close(feature_map(x.flip(0), (3, 4)), feature_map(x, (3, 4)).flatten(0, 1).flip(0).view(3, 4, 3), atol=1e-4, rtol=0)
+    assert feature_map(torch.randn(6, 2), (2, 3)).isfinite().all() and feature_map(torch.ones(6, 5), (2, 3)).isfinite().all()
+
+
+def test_draw_map():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    fig, axis = plt.subplots()
+    draw_map(axis, picture(60, 40), torch.rand(4, 6))
+    below, above = axis.images
+    assert list(below.get_extent()) == list(above.get_extent()) == [0, 60, 40, 0] and above.get_array().shape == (4, 6)
+    plt.close(fig)
+
+
+# ---- light
+
+def test_import_is_light():
+    code = "import sys, vlmamba_lite.vision; print([m for m in ('transformers', 'timm', 'huggingface_hub', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="need transformers, try: pip install transformers"):
+        SigLIP("tiny-siglip")
