@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vlmamba_lite.data import EOS, encode_prompt, normalize
+from vlmamba_lite.connector import connector_sight
+from vlmamba_lite.data import EOS, encode_prompt, normalize, process_images
 from vlmamba_lite.language_model import MambaConfig, next_token_loss
-from vlmamba_lite.model import (CONNECTORS, MODEL_PRESETS, VLMamba, VLMambaConfig, lite_config, model_files, read_config,
-                                tiny_config, write_atomically)
+from vlmamba_lite.model import (CONNECTORS, MODEL_PRESETS, VLMamba, VLMambaConfig, lite_config, model_files, picture_tokens,
+                                plot_model_sight, read_config, tiny_config, write_atomically)
+from vlmamba_lite.msc import MambaScanConnector
 
 COMBINATIONS = [(connector, mixer) for connector in CONNECTORS for mixer in ("mamba", "mamba2")]
 QUESTION = "what color is the shape?"
@@ -254,8 +256,69 @@ def test_a_configuration_survives_json():
 
 
 def test_an_unknown_connector_is_named():
-    with pytest.raises(ValueError, match=r"^connector: got 'cnn', need one of \['mlp', 'vss_l2', 'vss_mlp'\]$"):
+    with pytest.raises(ValueError, match=r"^connector: got 'cnn', need one of \['mlp', 'msc_advanced', 'msc_basic', 'vss_l2', 'vss_mlp'\]$"):
         VLMambaConfig({}, "cnn", {}, MambaConfig())
+
+
+@pytest.mark.parametrize("connector, form", [("msc_basic", "basic"), ("msc_advanced", "advanced")])
+def test_the_mamba2_scan_connector_by_name(make_model, tmp_path, connector, form):
+    "Name and arguments reach it, from a configuration and from a saved model."
+    model = make_model(connector).eval()
+    assert isinstance(model.connector, MambaScanConnector) and (model.connector.form, model.connector.variant) == (form, "paper")
+    assert sum("swiglu" in name for name in model.state_dict()) == (6 if form == "advanced" else 0)
+    config = tiny_config(model.config.language.vocab_size)
+    config.connector, config.connector_args = connector, dict(scan="csm", d_state=4, blocks=2, norm="layernorm", backend="quadratic")
+    model = VLMamba(config, model.tokenizer).eval()
+    model.save_pretrained(tmp_path)
+    again = VLMamba.from_pretrained(tmp_path)
+    scan = again.connector.blocks[1].mvss
+    assert (len(again.connector.blocks), scan.scan, scan.backend, scan.d_state) == (2, "csm", "quadratic", 4)
+    images = inputs(31)[0]
+    assert again.see(images).shape == (2, 64, 16) and torch.equal(again.see(images), model.see(images))
+
+
+def test_the_released_connector_is_an_argument():
+    config = tiny_config(31)
+    config.connector, config.connector_args = "msc_advanced", dict(variant="released", d_state=4)
+    model = VLMamba(config)
+    assert len(model.connector.blocks) == 2 and model.connector.variant == "released"
+    assert model.see(inputs(31)[0]).shape == (2, 64, 16)
+
+
+# What the connector sees
+
+SCANNING = [connector for connector in CONNECTORS if connector != "mlp"]
+
+
+@pytest.mark.parametrize("connector", SCANNING)
+def test_picture_tokens_are_what_the_connector_reads(make_model, connector):
+    model, image = make_model(connector).train(), picture((40, 90))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    tokens, size = picture_tokens(model, image)
+    assert model.training and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert tokens.shape == (1, 64, 16) and size == (8, 8) and not tokens.requires_grad
+    pixels = normalize(process_images([image], 64))
+    torch.testing.assert_close(model.eval().connector(tokens, size), model.see(pixels))
+
+
+@pytest.mark.parametrize("connector", SCANNING)
+def test_what_training_changes_can_be_drawn(make_model, connector):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fresh, model = make_model(connector), make_model(connector)
+    images, ids, labels = inputs(model.config.language.vocab_size)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(images, ids, labels).loss.backward()
+        optimizer.step()
+    sights = [connector_sight(m.connector, *picture_tokens(m, picture()), (2, 5)) for m in (fresh, model)]
+    for name, before in sights[0].items():
+        after = sights[1][name]
+        assert before.shape == after.shape == (8, 8) and after.isfinite().all() and rms_error(after, before) > 1e-3
+    assert plot_model_sight({"before": fresh, "after": model}, picture(), (2, 5)).shape == (2, 6)
+    plt.close("all")
 
 
 # On disk

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['CONNECTORS', 'MODEL_PRESETS', 'VLMambaConfig', 'lite_config', 'tiny_config', 'PictureReader', 'TextContinuer',
-           'Answerer', 'write_atomically', 'model_files', 'naming', 'read_config', 'VLMamba']
+           'Answerer', 'write_atomically', 'model_files', 'naming', 'read_config', 'VLMamba', 'picture_tokens',
+           'plot_model_sight']
 
 # %% ../nbs/15_vlmamba.ipynb #b064a250
 import json
 import os
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,13 +21,16 @@ from safetensors.torch import load_model, save_model
 from tokenizers import Tokenizer
 from torch import nn
 
-from .connector import MLPConnector, VSSL2Connector, VSSMLPConnector
+from .connector import MLPConnector, VSSL2Connector, VSSMLPConnector, plot_sight
 from .data import EOS, encode_prompt, normalize, process_images
 from .language_model import MambaConfig, MambaLM, repeat_state
+from .msc import MambaScanConnector
 from .vision import ConvEncoder
 
 # %% ../nbs/15_vlmamba.ipynb #d5d6a39f
-CONNECTORS = {"mlp": MLPConnector, "vss_mlp": VSSMLPConnector, "vss_l2": VSSL2Connector}
+CONNECTORS = {"mlp": MLPConnector, "vss_mlp": VSSMLPConnector, "vss_l2": VSSL2Connector,                 # VL-Mamba
+              "msc_basic": partial(MambaScanConnector, form="basic"),                                     # ML-Mamba
+              "msc_advanced": partial(MambaScanConnector, form="advanced")}
 
 # %% ../nbs/15_vlmamba.ipynb #775373ef
 @dataclass
@@ -189,3 +194,22 @@ class VLMamba(Answerer):
         with naming(weights):
             load_model(model, str(weights))
         return model.to(device).eval()
+
+# %% ../nbs/15_vlmamba.ipynb #ddad434d
+def picture_tokens(model, image):
+    "What a model's connector reads of a PIL picture: tokens (1, height * width, dim) and their grid (height, width)."
+    pixels = normalize(process_images([image], model.config.vision["image_size"])).to(model.device)
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            return model.eval().vision(pixels)
+    finally:
+        model.train(was_training)
+
+# %% ../nbs/15_vlmamba.ipynb #a6a0c387
+def plot_model_sight(models, image, at, decades=6):
+    """What the scans in the connectors of some models see of a PIL picture: `plot_sight` on their own visual features. Returns the axes.
+
+    models: dict name -> `VLMamba` whose connector scans, before and after training, say; at: the (row, column) of a patch.
+    """
+    return plot_sight({name: (model.connector, *picture_tokens(model, image)) for name, model in models.items()}, at, image, decades)
