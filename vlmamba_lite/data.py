@@ -4,20 +4,30 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'SHAPES', 'VALIDATION_IMAGES', 'QUESTION_TYPES', 'CAPTION_QUESTION', 'ROW_TYPES', 'PAD', 'EOS', 'UNK',
-           'FAULTS', 'LONGEST_TEXT', 'SYSTEM', 'TEMPLATES', 'easy_vqa_folder', 'load_easy_vqa', 'question_type',
-           'caption', 'add_captions', 'row_type', 'build_tokenizer', 'encode_prompt', 'encode_turn', 'TurnView',
-           'show_turn', 'open_image', 'to_rgb', 'process_images', 'normalize', 'pad_rows', 'question_table', 'VQASet',
-           'build_set', 'augment', 'draw_questions', 'Conversation', 'SampleError', 'fault', 'check_text',
-           'check_conversation', 'Template', 'pick_template', 'encode_text', 'decode_ids', 'control_tokens', 'Codec',
-           'byte_tokenizer', 'ask_ids', 'reply_ids', 'join_turns', 'label_runs', 'supervised_texts', 'check_mask',
-           'Row', 'cut_row', 'encode_conversation', 'show_row', 'prompt_ids']
+           'LARGEST_PICTURE', 'FAULTS', 'LONGEST_TEXT', 'SYSTEM', 'TEMPLATES', 'ROLES', 'MARK', 'USUAL', 'CLEVR_COLORS',
+           'CLEVR_SIZE', 'CLEVR_RADIUS', 'NON_RELATIONAL', 'RELATIONAL', 'SIDE_WORDS', 'COLOR_WORDS', 'easy_vqa_folder',
+           'load_easy_vqa', 'question_type', 'caption', 'add_captions', 'row_type', 'build_tokenizer', 'encode_prompt',
+           'encode_turn', 'TurnView', 'show_turn', 'read_picture', 'open_image', 'to_rgb', 'process_images',
+           'normalize', 'pad_rows', 'question_table', 'VQASet', 'build_set', 'augment', 'draw_questions',
+           'Conversation', 'SampleError', 'fault', 'check_text', 'check_conversation', 'Template', 'pick_template',
+           'encode_text', 'decode_ids', 'control_tokens', 'Codec', 'byte_tokenizer', 'ask_ids', 'reply_ids',
+           'join_turns', 'label_runs', 'supervised_texts', 'check_mask', 'Row', 'cut_row', 'encode_conversation',
+           'show_row', 'prompt_ids', 'safe_path', 'picture_list', 'load_picture', 'message_list', 'pair_turns',
+           'take_out_marks', 'guess_columns', 'read_turns', 'read_record', 'repeated_ids', 'ConversationSet',
+           'read_position', 'parse_json', 'llava_set', 'undecoded', 'hub_set', 'easy_vqa_set', 'Tally', 'attempt',
+           'picture_keys', 'split_by_image', 'Scene', 'random_scene', 'draw_scene', 'scene_answer', 'scene_questions',
+           'SortOfClevr', 'sort_of_clevr', 'allowed_changes', 'mix_channels', 'augment_pictures']
 
 # %% ../nbs/14_data.ipynb #945cb5e9
+import hashlib
 import html
+import io
+import json
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import torch
@@ -171,6 +181,24 @@ def show_turn(tokenizer, input_ids, labels):
     return TurnView([[(tokenizer.id_to_token(t), kind(t, y)) for t, y in zip(*row)] for row in zip(ids, labels)])
 
 # %% ../nbs/14_data.ipynb #b1662b8a
+LARGEST_PICTURE = 50_000_000     # pixels
+
+
+def read_picture(file, name):
+    "The picture in a path or an open file, upright. `ValueError` with one line that says `name` and the fault."
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > LARGEST_PICTURE:
+                raise ValueError(f"got {image.width}x{image.height} pixels, need at most {LARGEST_PICTURE:,}")
+            if getattr(image, "is_animated", False) and image.format != "MPO":       # MPO: a phone's photo with a preview
+                raise ValueError(f"got {image.n_frames} frames, need a single picture")
+            return ImageOps.exif_transpose(image)                      # reads all of it: a broken file fails here, not later
+    except UnidentifiedImageError:
+        raise ValueError(f"image: {name} is not a picture") from None
+    except Exception as error:                                         # broken files raise many kinds
+        raise ValueError(f"image: {name} cannot be read: {error}") from error
+
+# %% ../nbs/14_data.ipynb #3ff8ea75
 def open_image(path):
     "The picture in a file, upright. Raises `FileNotFoundError` or `ValueError` with one line that names the file and the fault."
     path = Path(path)
@@ -178,20 +206,17 @@ def open_image(path):
         raise FileNotFoundError(f"image: no file {path}")
     if not path.is_file():
         raise ValueError(f"image: {path} is not a file")
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)                      # reads all of it: a broken file fails here, not later
-    except UnidentifiedImageError:
-        raise ValueError(f"image: {path} is not a picture") from None
-    except Exception as error:                                         # broken files raise many kinds
-        raise ValueError(f"image: {path} cannot be read: {error}") from error
+    return read_picture(path, path)
 
 # %% ../nbs/14_data.ipynb #47fab380
 def to_rgb(image):
-    "A PIL picture of any mode -> RGB: transparent parts become white, of 16 bits the upper 8 are kept."
-    if image.mode.startswith("I"):
+    "A PIL picture of any mode -> RGB: transparent parts become white, of 16 bits the upper 8 are kept. ValueError for wider levels."
+    if image.mode.startswith(("I", "F")):
         levels = np.asarray(image)
-        image = Image.fromarray((levels >> 8 if levels.max() > 255 else levels).astype(np.uint8))
+        if levels.min() < 0 or levels.max() > (255 if image.mode == "F" else 65_535):
+            raise ValueError(f"image: got levels from {levels.min()} to {levels.max()}, need 8 or 16 bits")
+        wide = image.mode.startswith("I;") or levels.max() > 255       # mode I holds either
+        image = Image.fromarray((levels.astype(np.int32) >> (8 if wide else 0)).astype(np.uint8))
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -574,3 +599,405 @@ def prompt_ids(tokenizer, question, turns=(), template="zephyr"):
         turns = ()                                              # such rows know no earlier turns
     ids, _ = join_turns(codec, template, turns, "prompt")
     return ids + ask_ids(codec, template, question, "prompt", first=not turns)
+
+# %% ../nbs/14_data.ipynb #8aa91610
+def safe_path(root, name, sample):
+    "The file `name` under `root`, links resolved. SampleError for a path that leaves the root, is absolute, or without a root."
+    if root is None:
+        raise fault(sample, "image", f"image: got the path {name!r} and no root folder; need one under which pictures lie")
+    parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in parts or "\0" in name or not parts:
+        raise fault(sample, "image", f"image: got the path {name!r}, need a relative one without '..'")
+    try:
+        root = Path(root).resolve()
+        path = (root / name).resolve()
+    except (OSError, RuntimeError) as error:                       # a link that leads to itself
+        raise fault(sample, "image", f"image: the path {name!r} leads nowhere: {error}") from None
+    if not path.is_relative_to(root):
+        raise fault(sample, "image", f"image: the path {name!r} is a link that leads out of the root folder")
+    return path
+
+# %% ../nbs/14_data.ipynb #52460d8c
+def picture_list(value, sample, root):
+    "The pictures of a record, unopened: None -> [], one or a list of paths, PIL pictures or {'bytes', 'path'}."
+    values = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    images = []
+    for image in values:
+        if isinstance(image, dict):
+            image = image if image.get("bytes") else image.get("path")
+        if not isinstance(image, str | Path | dict | Image.Image):
+            raise fault(sample, "image", f"image: got {type(image).__name__}, need a path, a PIL picture, or bytes")
+        images.append(safe_path(root, str(image), sample) if isinstance(image, str | Path) else image)
+    return images
+
+
+def load_picture(image, sample):
+    "Opens what `picture_list` gave -> an upright PIL picture. Raises a SampleError of kind 'image' for what cannot be read."
+    try:
+        if isinstance(image, dict):
+            return read_picture(io.BytesIO(image["bytes"]), "in the record")
+        return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else open_image(image)
+    except (ValueError, OSError) as error:
+        raise fault(sample, "image", str(error)) from None
+
+# %% ../nbs/14_data.ipynb #c4eedc54
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+def message_list(value, sample):
+    "[(role, text)] of a list of {'from', 'value'}, {'role', 'content'} or {'user', 'assistant'}."
+    messages = []
+    for m in value if isinstance(value, list) else [None]:
+        if not isinstance(m, dict):
+            raise fault(sample, "turns", f"got turns of type {type(m).__name__}, need a list of messages")
+        if "user" in m:
+            messages += [("user", m["user"]), ("assistant", m.get("assistant"))]
+        else:
+            role = m.get("from", m.get("role"))
+            messages.append((ROLES.get(role) if isinstance(role, str) else None, m.get("value", m.get("content"))))
+    return messages
+
+# %% ../nbs/14_data.ipynb #3048b516
+def pair_turns(messages, sample):
+    "[(role, text)] that alternate, user first and assistant last -> [(user, assistant)]."
+    for i, (role, _) in enumerate(messages):
+        if role != ("user", "assistant")[i % 2]:
+            raise fault(sample, "turns", f"message {i + 1} is of {role or 'nobody known'}, need user and assistant in turns")
+    if len(messages) % 2 or not messages:
+        raise fault(sample, "turns", f"got {len(messages)} messages, need an answer after every question")
+    texts = [text for _, text in messages]
+    return list(zip(texts[::2], texts[1::2]))
+
+# %% ../nbs/14_data.ipynb #ab5bcb7f
+MARK = "<image>"
+
+
+def take_out_marks(turns, images, sample):
+    "The turns without `<image>`. SampleError unless there is none or one for each picture."
+    asked = [question for question, _ in turns if isinstance(question, str)]
+    marks = sum(question.count(MARK) for question in asked)
+    if marks not in (0, len(images)):
+        raise fault(sample, "image", f"got {marks} marks {MARK} and {len(images)} pictures, need one mark for each or none")
+    return [(question.replace(MARK, " ").strip() if isinstance(question, str) and MARK in question else question, answer)
+            for question, answer in turns]
+
+# %% ../nbs/14_data.ipynb #52eb27eb
+USUAL = {"images": ("images", "image"), "turns": ("conversations", "texts", "messages"),
+         "questions": ("questions", "question", "query"), "answers": ("answers", "answer", "label"), "name": ("id", "image_id", "name")}
+
+
+def guess_columns(names):
+    "A column map {'images', 'turns' or 'questions' and 'answers', 'name'} from the usual names. ValueError where there are none."
+    found = {key: next((n for n in options if n in names), None) for key, options in USUAL.items()}
+    found = {key: name for key, name in found.items() if name is not None}
+    if "turns" not in found and not {"questions", "answers"} <= set(found):
+        raise ValueError(f"columns: got {sorted(names)}, need a map of 'images' and 'turns', or of 'questions' and 'answers', to names")
+    return found
+
+# %% ../nbs/14_data.ipynb #6d773877
+def read_turns(record, columns, sample):
+    "The turns of a record, from its messages or from its questions and answers (texts, or lists of them)."
+    if "turns" in columns:
+        return pair_turns(message_list(record.get(columns["turns"]), sample), sample)
+    both = [record.get(columns[key]) for key in ("questions", "answers")]
+    questions, answers = (value if isinstance(value, list) else [value] for value in both)
+    if len(questions) != len(answers):
+        raise fault(sample, "turns", f"got {len(questions)} questions and {len(answers)} answers, need one answer a question")
+    return list(zip(questions, answers))
+
+
+def read_record(record, columns, sample, root=None):
+    "A record (a dict) -> `Conversation`, checked but for the content of its pictures. Raises a `SampleError`."
+    if not isinstance(record, dict):
+        raise fault(sample, "record", f"got {type(record).__name__}, need an object with {sorted(columns.values())}")
+    images = picture_list(record.get(columns.get("images")), sample, root)
+    turns = take_out_marks(read_turns(record, columns, sample), images, sample)
+    return check_conversation(Conversation(sample, images, turns))
+
+# %% ../nbs/14_data.ipynb #76209f47
+def repeated_ids(records, columns):
+    "The positions of records whose id has come before."
+    seen, repeated = set(), set()
+    for i, record in enumerate(records):
+        own = record.get(columns.get("name")) if isinstance(record, dict) else None
+        if own is not None and str(own) in seen:
+            repeated.add(i)
+        seen.add(str(own))
+    return frozenset(repeated)
+
+# %% ../nbs/14_data.ipynb #e103a2ca
+@dataclass
+class ConversationSet:
+    "Records and how to read them: `len(data)`, and `data[i]`, a `Conversation` or a `SampleError`."
+    records: object                       # anything with len() and [i]
+    columns: dict                         # as of `guess_columns`
+    label: str = "data"
+    root: object = None                   # the folder under which paths of pictures lie
+    repeated: frozenset = frozenset()     # positions whose id came before
+    which: object = None                  # the records that belong to this set, all by default
+
+    def __len__(self):
+        return len(self.records) if self.which is None else len(self.which)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return read_position(self, int(i if self.which is None else self.which[i]))
+
+    def select(self, indices):
+        "The set of these positions only."
+        return replace(self, which=np.asarray(indices) if self.which is None else np.asarray(self.which)[indices])
+
+# %% ../nbs/14_data.ipynb #8b55ca51
+def read_position(data, i):
+    "Record i of a `ConversationSet` -> `Conversation`; whatever goes wrong on the way is a `SampleError`."
+    sample = f"{i} of {data.label}"
+    try:
+        record = data.records[i]
+    except Exception as error:                                     # a damaged file of a data set
+        raise fault(sample, "record", f"cannot be read: {error}") from error
+    if isinstance(record, SampleError):
+        raise record
+    own = record.get(data.columns.get("name")) if isinstance(record, dict) else None
+    sample = sample if own is None else f"{sample} (id {str(own)[:40]})"
+    if i in data.repeated:
+        raise fault(sample, "duplicate", "its id has come before")
+    return read_record(record, data.columns, sample, data.root)
+
+# %% ../nbs/14_data.ipynb #f2bf04df
+def parse_json(content, name):
+    "The value in UTF-8 bytes of JSON. ValueError, in one line, for anything else."
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: byte {error.start} is not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: is not JSON: {error}") from None
+
+
+def _line(content, sample):
+    try:
+        return parse_json(content, "the line")
+    except ValueError as error:
+        return fault(sample, "record", str(error))
+
+# %% ../nbs/14_data.ipynb #666061fb
+def llava_set(path, root=None, unique=True):
+    """A file of LLaVA's records (.json, or .jsonl with one a line) -> `ConversationSet`. root: the folder of its pictures.
+
+    unique: records whose id came before are faults. Raises a `ValueError` for a file that holds something else.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        lines = [line for line in path.read_bytes().splitlines() if line.strip()]
+        records = [_line(line, f"{i} of {path.name}") for i, line in enumerate(lines)]
+    else:
+        records = parse_json(path.read_bytes(), path.name)
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"{path.name}: got {'an empty list' if records == [] else type(records).__name__}, need a list of records")
+    columns = {"images": "image", "turns": "conversations", "name": "id"}
+    return ConversationSet(records, columns, path.name, root, repeated_ids(records, columns) if unique else frozenset())
+
+# %% ../nbs/14_data.ipynb #8a48e8ad
+def undecoded(data):
+    "A set of `datasets`, streaming or not, that gives its pictures as bytes."
+    from datasets import Image as Picture
+    from datasets import List
+    for name, kind in (data.features or {}).items():
+        if isinstance(kind, Picture):
+            data = data.cast_column(name, Picture(decode=False))
+        elif isinstance(kind, List) and isinstance(kind.feature, Picture):
+            data = data.cast_column(name, List(Picture(decode=False)))
+    return data
+
+
+def hub_set(data, columns=None, label="data", root=None):
+    "A `datasets.Dataset` -> `ConversationSet`. columns: a map as of `guess_columns`, which is asked without one."
+    return ConversationSet(undecoded(data), columns or guess_columns(data.column_names), label, root)
+
+
+def easy_vqa_set(split):
+    "easy-VQA's split as a `ConversationSet`: a picture and all its questions are one conversation."
+    return hub_set(load_easy_vqa(split), label=f"easy-VQA {split}")
+
+# %% ../nbs/14_data.ipynb #8fc46770
+@dataclass
+class Tally:
+    "What became of samples: how many were read, which kinds of faults were skipped, learned tokens cut, the first messages."
+    read: int = 0
+    skipped: Counter = field(default_factory=Counter)
+    cut: int = 0
+    messages: list = field(default_factory=list)
+
+    def add(self, other):
+        "Takes another tally in."
+        self.read, self.cut = self.read + other.read, self.cut + other.cut
+        self.skipped.update(other.skipped)
+        self.messages = (self.messages + other.messages)[:20]
+
+# %% ../nbs/14_data.ipynb #3209c529
+def attempt(do, tally, on_error="raise"):
+    "do(), or None where that raises a `SampleError` and on_error is 'skip': the fault is then in the tally."
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error: got {on_error!r}, need 'raise' or 'skip'")
+    tally.read += 1
+    try:
+        return do()
+    except SampleError as error:
+        if on_error == "raise":
+            raise
+        tally.add(Tally(skipped=Counter([error.kind]), messages=[str(error)]))
+
+# %% ../nbs/14_data.ipynb #5aef9edc
+def picture_keys(conversation):
+    "A key for each picture, equal for equal pictures: its path, or a hash of its content. The sample's name where it has none."
+    def key(image):
+        if isinstance(image, Path):
+            return str(image)
+        content = image["bytes"] if isinstance(image, dict) else image.mode.encode() + str(image.size).encode() + image.tobytes()
+        return hashlib.sha256(content).hexdigest()
+    return [key(image) for image in conversation.images] or [conversation.name]
+
+
+def _find(leader, key):
+    while leader.setdefault(key, key) != key:
+        key = leader[key]
+    return key
+
+# %% ../nbs/14_data.ipynb #43baab28
+def split_by_image(data, share=0.1, seed=0, on_error="raise", tally=None):
+    "Positions for (training, validation), about `share` of the groups for validation; no picture is on both sides."
+    if not 0 < share < 1:
+        raise ValueError(f"share: got {share}, need a number between 0 and 1")
+    leader, own, tally = {}, {}, Tally() if tally is None else tally
+    for i in range(len(data)):
+        conversation = attempt(lambda: data[i], tally, on_error)                 # noqa: B023 - called at once
+        if conversation is not None:
+            own[i], *others = picture_keys(conversation)
+            for other in others:
+                first, second = sorted((_find(leader, own[i]), _find(leader, other)))
+                leader[second] = first                                           # the smallest key leads, in any order
+    chance = {i: hashlib.sha256(f"{seed} {_find(leader, key)}".encode()).digest() for i, key in own.items()}
+    held = {i for i, digest in chance.items() if int.from_bytes(digest[:8], "big") < share * 2**64}
+    return [i for i in own if i not in held], [i for i in own if i in held]
+
+# %% ../nbs/14_data.ipynb #b8f75466
+CLEVR_COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255),
+                "orange": (255, 156, 0), "gray": (128, 128, 128), "yellow": (255, 255, 0)}
+CLEVR_SIZE, CLEVR_RADIUS = 75, 5
+
+
+@dataclass(frozen=True)
+class Scene:
+    "Six objects, in the order of CLEVR_COLORS: their centres (x, y), and which of them are circles."
+    centers: tuple
+    circles: tuple
+
+
+def random_scene(rng):
+    "A scene: centres anywhere inside, no two nearer than two radii; square or circle by a coin."
+    centers = []
+    while len(centers) < len(CLEVR_COLORS):
+        x, y = rng.integers(CLEVR_RADIUS, CLEVR_SIZE - CLEVR_RADIUS, 2).tolist()
+        if all((x - a) ** 2 + (y - b) ** 2 >= (2 * CLEVR_RADIUS) ** 2 for a, b in centers):
+            centers.append((x, y))
+    return Scene(tuple(centers), tuple((rng.random(len(centers)) < 0.5).tolist()))
+
+# %% ../nbs/14_data.ipynb #fdb43a0a
+_REACH = np.arange(-CLEVR_RADIUS, CLEVR_RADIUS + 1)
+_DISC = _REACH[:, None] ** 2 + _REACH ** 2 <= (CLEVR_RADIUS + 0.5) ** 2          # (11, 11)
+
+
+def draw_scene(scene):
+    "A scene as an array (75, 75, 3) of bytes on white; a later object covers an earlier one where they touch."
+    page = np.full((CLEVR_SIZE, CLEVR_SIZE, 3), 255, np.uint8)
+    for (x, y), circle, color in zip(scene.centers, scene.circles, CLEVR_COLORS.values()):
+        part = page[y - CLEVR_RADIUS:y + CLEVR_RADIUS + 1, x - CLEVR_RADIUS:x + CLEVR_RADIUS + 1]
+        part[_DISC if circle else slice(None)] = color
+    return page
+
+# %% ../nbs/14_data.ipynb #820128c8
+NON_RELATIONAL = {"shape": "what shape is the {} object?", "left": "is the {} object on the left?", "top": "is the {} object at the top?"}
+RELATIONAL = {"closest": "what shape is the object closest to the {} one?", "furthest": "what shape is the object furthest from the {} one?",
+              "count": "how many objects have the shape of the {} one?"}
+
+
+def scene_answer(scene, kind, i):
+    "The answer to a question of a kind about object i; None where the picture does not decide."
+    x, y = scene.centers[i]
+    if kind in ("left", "top"):
+        return "yes" if (x if kind == "left" else y) < CLEVR_SIZE / 2 else "no"
+    if kind == "count":
+        return str(scene.circles.count(scene.circles[i]))
+    if kind == "shape":
+        return "circle" if scene.circles[i] else "square"
+    far = [(a - x) ** 2 + (b - y) ** 2 for a, b in scene.centers]
+    best = min(d for d in far if d) if kind == "closest" else max(far)
+    shapes = {circle for circle, d in zip(scene.circles, far) if d == best}
+    return None if len(shapes) == 2 else "circle" if shapes == {True} else "square"
+
+# %% ../nbs/14_data.ipynb #438c76a8
+def scene_questions(scene, rng, count=10):
+    "(questions, answers) of a scene: `count` different non-relational ones, then as many relational ones."
+    turns = []
+    for kinds in (NON_RELATIONAL, RELATIONAL):
+        every = [(text.format(color), scene_answer(scene, kind, i)) for kind, text in kinds.items() for i, color in enumerate(CLEVR_COLORS)]
+        turns += [every[i] for i in rng.permutation(len(every)) if every[i][1] is not None][:count]
+    return [q for q, _ in turns], [a for _, a in turns]
+
+
+class SortOfClevr:
+    "The records of Sort-of-CLEVR: `records[i]` is a function of (seed, i)."
+
+    def __init__(self, count, seed):
+        self.count, self.seed = count, seed
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        rng = np.random.default_rng((self.seed, i))
+        scene = random_scene(rng)
+        questions, answers = scene_questions(scene, rng)
+        return {"image": Image.fromarray(draw_scene(scene)), "questions": questions, "answers": answers}
+
+
+def sort_of_clevr(count=10_000, seed=0):
+    "Sort-of-CLEVR as words, a `ConversationSet` of `count` pictures with 10 non-relational and 10 relational questions each."
+    columns = {"images": "image", "questions": "questions", "answers": "answers"}
+    return ConversationSet(SortOfClevr(count, seed), columns, f"Sort-of-CLEVR seed {seed}")
+
+# %% ../nbs/14_data.ipynb #da426ca4
+SIDE_WORDS = frozenset("""left right leftmost rightmost east west eastern western clockwise counterclockwise anticlockwise mirror mirrored
+    read reads reading text word words letter letters written writing sign signs number numbers spell spelled says digit digits clock time""".split())
+COLOR_WORDS = frozenset("""color colors colour colours colored coloured colorful colourful black white gray grey red green blue yellow orange
+    brown purple pink violet teal cyan magenta turquoise beige tan gold golden silver maroon navy olive crimson dark darker darkest light
+    lighter lightest bright brighter brightest pale blond blonde hue shade tint""".split())
+
+
+def allowed_changes(turns):
+    "What may be done to the pictures of a conversation: a set out of 'mirror' and 'color', by the words of its turns."
+    text = " ".join(chain.from_iterable(turns)).lower()
+    words = set(re.findall(r"[a-z]+", text))
+    boxes = re.search(r"[\[(]\s*-?\d*\.?\d+\s*,", text)                   # (0.2, 0.7: a place in the picture
+    return {"mirror"} - ({"mirror"} if boxes or words & SIDE_WORDS else set()) | ({"color"} - ({"color"} if words & COLOR_WORDS else set()))
+
+# %% ../nbs/14_data.ipynb #050c3ccc
+def mix_channels(images, rng, strength=0.3):
+    "Pictures (n, 3, h, w) uint8 with their channels mixed by one random matrix whose rows sum to 1."
+    mix = np.eye(3) * (1 - strength) + strength * rng.dirichlet(np.ones(3), 3)
+    mixed = torch.einsum("ck,nkhw->nchw", torch.from_numpy(mix).float(), images.float())
+    return mixed.round().clamp(0, 255).to(torch.uint8)
+
+
+def augment_pictures(images, turns, rng, shift=2):
+    "Pictures of one sample (n, 3, h, w) uint8, changed as far as its turns allow: mirrored, moved by up to `shift` pixels, recoloured."
+    allowed = allowed_changes(turns)
+    if "mirror" in allowed and rng.random() < 0.5:
+        images = images.flip(-1)
+    if "color" in allowed and rng.random() < 0.5:
+        images = mix_channels(images, rng)
+    x, y = rng.integers(-shift, shift + 1, 2).tolist()
+    h, w = images.shape[-2:]
+    rows, columns = (torch.arange(n).add(d).clamp(0, n - 1) for n, d in ((h, y), (w, x)))
+    return images[:, :, rows][:, :, :, columns]
