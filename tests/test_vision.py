@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlmamba_lite.vision import (
     CLIP, CLIP_COLOURS, TIMM_NAMES, TOWER_SHAPES, ConvEncoder, DINOv2, FusedEncoder, Preprocess, SigLIP, ViT, attention_map, build_encoder,
-    conv_stage, draw_map, encoder_spec, feature_map, find_file, load_encoder, load_preprocess, new_tower, preprocess_from_config,
+    conv_stage, draw_map, encoder_spec, feature_map, find_file, half_range, load_encoder, load_preprocess, new_tower, preprocess_from_config,
     resize_positions, tower_config, tower_name, vit_hidden)
 
 
@@ -651,6 +651,15 @@ def test_fused_is_side_by_side():
     torch.testing.assert_close(swapped, tokens.roll(32, -1))
     clip = FusedEncoder([toy("tiny-clip")])                                  # one tower that takes pictures in [-1, 1]
     torch.testing.assert_close(clip(clip.preprocess(image))[0], clip.towers[0](clip.towers[0].preprocess(image))[0], atol=1e-5, rtol=1e-4)
+
+
+def test_half_range():
+    clip, siglip, conv = toy("tiny-clip"), toy("tiny-siglip"), encoder()
+    assert half_range(siglip) is siglip and half_range(conv) is conv and half_range(fused := half_range(clip)) is fused
+    pixels = clip.preprocess.pixels(picture(40, 50))
+    want = clip(clip.preprocess.normalize(pixels))[0]
+    assert relative_error(fused(pixels.float() / 127.5 - 1)[0], want) < 1e-5
+    assert fused.preprocess == Preprocess(32, (32, 32)) and fused.dim == 32
 
 
 def test_fused_refuses_different_grids():

@@ -8,7 +8,7 @@ __all__ = ['HALF', 'CLIP_COLOURS', 'IMAGENET_COLOURS', 'RESAMPLE', 'TOWER_SHAPES
            'pad_to_square', 'resize_picture', 'PreprocessSettings', 'Preprocess', 'stack_pictures',
            'preprocess_from_config', 'find_file', 'load_preprocess', 'tower_name', 'tower_config', 'new_tower',
            'cut_after', 'TowerParts', 'Tower', 'load_vision_model', 'PretrainedTower', 'SigLIP', 'CLIP', 'DINOv2',
-           'recolour', 'FusedEncoder', 'build_encoder', 'encoder_spec', 'load_encoder', 'tower_attention',
+           'recolour', 'FusedEncoder', 'half_range', 'build_encoder', 'encoder_spec', 'load_encoder', 'tower_attention',
            'attention_map', 'feature_map', 'draw_map']
 
 # %% ../nbs/13_vision.ipynb #92e1b929
@@ -101,11 +101,13 @@ def resize_positions(positions, side, grid):
 def _check_pictures(images, patch_size):
     "One batch of normalised RGB pictures of any size from one patch up."
     if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < patch_size:
-        raise ValueError(f"images: got shape {tuple(images.shape)}, need (batch, 3, height, width) of at least {patch_size} pixels")
+        need = f"(batch, 3, height, width) of at least {patch_size} pixels"
+        raise ValueError(f"images: got shape {tuple(images.shape)}, need {need}")
     if not images.is_floating_point():
         raise ValueError(f"images: got {images.dtype}, need floating point; `Preprocess` makes it")
-    if images.device.type == "cpu" and images.numel() and not (largest := images.detach().abs().max().item()) < 16:
-        raise ValueError(f"images: got values up to {largest:g}, need normalised pictures, about -3 to 3; `Preprocess` makes them")
+    on_cpu = images.device.type == "cpu" and images.numel()
+    if on_cpu and not (largest := images.detach().abs().max().item()) < 16:
+        raise ValueError(f"images: got values up to {largest:g}, need normalised ones, about -3 to 3; `Preprocess` makes them")
 
 
 def _vit_side(dim, heads, patch_size, image_size):
@@ -114,12 +116,13 @@ def _vit_side(dim, heads, patch_size, image_size):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: got {value!r}, need a positive whole number")
     if dim % heads or image_size % patch_size:
-        raise ValueError(f"dim, image_size: got {dim} and {image_size}, need multiples of heads {heads} and of patch_size {patch_size}")
+        need = f"multiples of heads {heads} and of patch_size {patch_size}"
+        raise ValueError(f"dim, image_size: got {dim} and {image_size}, need {need}")
     return image_size // patch_size
 
 # %% ../nbs/13_vision.ipynb #c444f5f8
 def vit_hidden(vit, images, depth):
-    "What enters block `depth` of a `ViT`: patches with their positions, through the blocks before it. -> (B, L, dim), (height, width)."
+    "What enters block `depth` of a `ViT`: patches with positions, through the blocks before it -> (B, L, dim), (height, width)."
     _check_pictures(images, vit.patch_size)
     if any(side % vit.patch_size for side in images.shape[2:]):
         raise ValueError(f"images: got {tuple(images.shape[2:])} pixels, need multiples of the patch size {vit.patch_size}")
@@ -135,7 +138,7 @@ class ViT(nn.Module):
     """A small vision transformer (arXiv 2010.11929) without class token, trained from scratch.
 
     Pictures (B, 3, H, W) in [-1, 1], sides multiples of `patch_size` -> tokens (B, height * width, dim) in raster order and
-    (height, width). Built for `image_size`; for others the positions are interpolated. Raises `ValueError` for what does not fit.
+    (height, width). Built for `image_size`; for other sizes the positions are interpolated. Raises `ValueError`.
     """
     def __init__(self, dim, depth=4, heads=4, patch_size=8, image_size=64):
         super().__init__()
@@ -158,12 +161,12 @@ RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}         # P
 
 # %% ../nbs/13_vision.ipynb #672b3d9c
 def as_picture(image):
-    "A Pillow picture, or bytes as array (H, W, 3) or tensor (3, H, W) -> a Pillow picture in RGB. Raises `ValueError` for others."
+    "A Pillow picture, or bytes as array (H, W, 3) or tensor (3, H, W) -> a Pillow picture in RGB. Raises `ValueError`."
     if isinstance(image, torch.Tensor):
         image = image.movedim(0, -1).cpu().numpy() if image.ndim == 3 else image.cpu().numpy()
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"images: got {image.dtype} of shape {image.shape} (channels last), need bytes with 3 channels in 0 to 255")
+            raise ValueError(f"images: got {image.dtype} of shape {image.shape} (channels last), need bytes with 3 channels")
         image = Image.fromarray(np.ascontiguousarray(image)) if image.size else Image.new("RGB", (0, 0))
     if not isinstance(image, Image.Image):
         raise ValueError(f"images: got {type(image).__name__}, need Pillow pictures, or bytes (H, W, 3)")
@@ -185,7 +188,7 @@ def resize_picture(image, size, resample="bicubic"):
     if isinstance(size, int):
         short, long = sorted(image.size)
         if long > 100 * short:
-            raise ValueError(f"images: got {image.width}x{image.height} pixels, need at most 100 to 1 to resize the shorter edge")
+            raise ValueError(f"images: got {image.width}x{image.height} pixels, need at most 100 to 1 for a shorter edge")
         longer = int(size * long / short)
         size = (longer, size) if image.width <= image.height else (size, longer)
     return image.resize(size[::-1], RESAMPLE[resample])
@@ -202,7 +205,8 @@ def _edges(name, value, number=True):
 
 def _colours(name, value, least=-1e9):
     "Three numbers, one for each colour."
-    if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(isinstance(v, (int, float)) and v > least for v in value):
+    three = isinstance(value, (list, tuple)) and len(value) == 3
+    if not three or not all(isinstance(v, (int, float)) and v > least for v in value):
         raise ValueError(f"{name}: got {value!r}, need three numbers{' above 0' if least == 0 else ''}")
     return tuple(map(float, value))
 
@@ -241,7 +245,7 @@ class Preprocess(PreprocessSettings):
         return stack_pictures([_resized(self, as_picture(image)) for image in ([images] if single else images)])
 
     def normalize(self, pixels):
-        "Bytes (n, 3, height, width) on any device -> float32 of mean 0 and standard deviation 1, for colours like the training set's."
+        "Bytes (n, 3, height, width) on any device -> float32: divided by 255, minus the mean, over the standard deviation."
         mean, std = (pixels.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
 
@@ -282,15 +286,15 @@ def _square(size):
 
 # %% ../nbs/13_vision.ipynb #8642386a
 def preprocess_from_config(settings):
-    "A `Preprocess` from the dict in a preprocessor_config.json of SigLIP, CLIP or DINOv2. Raises `ValueError` for settings it does not know."
+    "A `Preprocess` from a preprocessor_config.json of SigLIP, CLIP, DINOv2 or LLaVA. Raises `ValueError` for settings it lacks."
     pads = settings.get("do_pad", False) and settings.get("image_processor_type", "").startswith("Llava")
     known = dict(do_resize=True, do_rescale=True, do_normalize=True, do_pad=pads)
     wrong = {name: settings[name] for name in known if settings.get(name) not in (None, known[name])}
-    if wrong or abs(settings.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6 or settings.get("resample", 3) not in RESAMPLE.values():
-        raise ValueError(f"preprocessor_config.json: got {wrong or settings}, need resizing by Pillow, division by 255, mean and std")
-    names = {number: name for name, number in RESAMPLE.items()}
+    names, resample = {number: name for name, number in RESAMPLE.items()}, settings.get("resample", 3)
+    if wrong or resample not in names or abs(settings.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        raise ValueError(f"preprocessor_config.json: got {wrong or settings}, need resizing, division by 255, mean and std")
     return Preprocess(
-        size=_edges_of(settings.get("size")), resample=names[settings.get("resample", 3)], pad_to_square=bool(pads),
+        size=_edges_of(settings.get("size")), resample=names[resample], pad_to_square=bool(pads),
         crop=_square(settings.get("crop_size")) if settings.get("do_center_crop") else None,
         mean=settings.get("image_mean"), std=settings.get("image_std"))
 
@@ -328,7 +332,8 @@ TOWER_SHAPES = {
                                              num_hidden_layers=27, num_attention_heads=16, patch_size=14, image_size=384),
     "openai/clip-vit-large-patch14-336": dict(model_type="clip_vision_model", intermediate_size=4096, image_size=336, **_LARGE),
     "facebook/dinov2-large": dict(model_type="dinov2", image_size=518, **_LARGE),
-    "facebook/dinov2-with-registers-large": dict(model_type="dinov2_with_registers", image_size=518, num_register_tokens=4, **_LARGE),
+    "facebook/dinov2-with-registers-large": dict(model_type="dinov2_with_registers", image_size=518,
+                                                 num_register_tokens=4, **_LARGE),
     "tiny-siglip": dict(model_type="siglip_vision_model", intermediate_size=64, **_TINY),
     "tiny-clip": dict(model_type="clip_vision_model", intermediate_size=64, **_TINY),
     "tiny-dinov2": dict(model_type="dinov2", **_TINY),
@@ -347,12 +352,12 @@ def tower_name(name):
     return TIMM_NAMES.get(bare, TIMM_NAMES.get(bare.removesuffix(".webli"), str(name)))
 
 # %% ../nbs/13_vision.ipynb #dc548279
-MODEL_TYPES = {"siglip_vision_model": ("SiglipVisionConfig", "SiglipVisionModel"), "clip_vision_model": ("CLIPVisionConfig", "CLIPVisionModel"),
-               "dinov2": ("Dinov2Config", "Dinov2Model"), "dinov2_with_registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel")}
-CONFIG_FIELDS = ("model_type", "hidden_size", "intermediate_size", "mlp_ratio", "num_hidden_layers", "num_attention_heads", "num_channels",
-                 "image_size", "patch_size", "hidden_act", "layer_norm_eps", "vision_use_head", "num_register_tokens", "qkv_bias",
-                 "use_swiglu_ffn", "layerscale_value", "attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob",
-                 "drop_path_rate", "projection_dim", "initializer_range", "initializer_factor")
+MODEL_TYPES = {"siglip_vision_model": ("SiglipVisionConfig", "SiglipVisionModel"),
+               "clip_vision_model": ("CLIPVisionConfig", "CLIPVisionModel"), "dinov2": ("Dinov2Config", "Dinov2Model"),
+               "dinov2_with_registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel")}
+CONFIG_FIELDS = tuple("""model_type hidden_size intermediate_size mlp_ratio num_hidden_layers num_attention_heads num_channels image_size
+    patch_size hidden_act layer_norm_eps vision_use_head num_register_tokens qkv_bias use_swiglu_ffn layerscale_value attention_dropout
+    attention_probs_dropout_prob hidden_dropout_prob drop_path_rate projection_dim initializer_range initializer_factor""".split())
 
 
 def _transformers():
@@ -365,10 +370,10 @@ def _transformers():
 
 # %% ../nbs/13_vision.ipynb #fa978e7e
 def tower_config(shape):
-    "A name in `TOWER_SHAPES`, or a dict of `CONFIG_FIELDS` with its model_type -> a config object of `transformers`. Raises `ValueError`."
+    "A name in `TOWER_SHAPES`, or a dict of `CONFIG_FIELDS` -> a config object of `transformers`. Raises `ValueError`."
     if isinstance(shape, str):
         if tower_name(shape) not in TOWER_SHAPES:
-            raise ValueError(f"config: got {shape!r}, need a dict or one of {sorted(TOWER_SHAPES)}; `from_pretrained` loads others")
+            raise ValueError(f"config: got {shape!r}, need a dict or one of {sorted(TOWER_SHAPES)}")
         shape = TOWER_SHAPES[tower_name(shape)]
     if unknown := sorted(set(shape) - set(CONFIG_FIELDS)):
         raise ValueError(f"config: got unknown fields {unknown}, need some of {CONFIG_FIELDS}")
@@ -393,7 +398,7 @@ def _layer_index(layer, count):
 
 # %% ../nbs/13_vision.ipynb #d4a01fca
 def cut_after(model, layer):
-    "Removes from a vision model of `transformers`, in place, all that lies behind `layer` of its `hidden_states`. -> layers that stay"
+    "Removes, in place, what lies behind `layer` of the `hidden_states` of a `transformers` model -> layers that stay."
     name = "layers" if hasattr(model.encoder, "layers") else "layer"
     layers = getattr(model.encoder, name)
     keep = _layer_index(layer, len(layers) + 1)
@@ -416,7 +421,7 @@ def _of_family(tower, config):
         config = {"model_type": tower.model_types[0], **config}
     config = tower_config(config)
     if config.model_type not in tower.model_types:
-        raise ValueError(f"config: got model_type {config.model_type!r}, need one of {tower.model_types} for {type(tower).__name__}")
+        raise ValueError(f"config: got model_type {config.model_type!r}, need one of {tower.model_types}")
     if config.num_channels != 3:
         raise ValueError(f"config: got num_channels {config.num_channels}, need 3")
     return {name: getattr(config, name) for name in CONFIG_FIELDS if hasattr(config, name)}
@@ -431,7 +436,8 @@ class TowerParts(nn.Module):
         self.layer, self.frozen, config = cut_after(self.model, layer), frozen, self.model.config
         self.dim, self.patch_size, self.image_size = config.hidden_size, config.patch_size, config.image_size
         self.skip = (self.kind != "siglip") + getattr(config, "num_register_tokens", 0)     # class token, registers
-        self.preprocess = Preprocess(**preprocess) if isinstance(preprocess, dict) else preprocess or self.published(self.image_size)
+        preprocess = preprocess or self.published(self.image_size)
+        self.preprocess = Preprocess(**preprocess) if isinstance(preprocess, dict) else preprocess
         self.requires_grad_(not frozen).train(not frozen)
 
 # %% ../nbs/13_vision.ipynb #43faab47
@@ -457,7 +463,7 @@ class Tower(TowerParts):
 
 # %% ../nbs/13_vision.ipynb #7f82298b
 def load_vision_model(source, model_types, dtype=torch.float32):
-    "The vision model of `transformers` in a local folder or on the Hub, with all its weights. Raises `ValueError` that says what is wrong."
+    "The vision model of `transformers` in a folder or on the Hub, with all its weights. Raises `ValueError`."
     transformers = _transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(source)
@@ -476,8 +482,9 @@ def load_vision_model(source, model_types, dtype=torch.float32):
 class PretrainedTower(Tower):
     "A `Tower` that can be loaded."
     @classmethod
-    def from_pretrained(cls, source, layer=-2, frozen=True, preprocess=None, image_size=None, pad_to_square=None, dtype=torch.float32):
-        """An encoder with its weights and its `Preprocess`, from a local folder, the Hub, or a name of `timm`. Raises `ValueError`.
+    def from_pretrained(cls, source, layer=-2, frozen=True, preprocess=None, image_size=None, pad_to_square=None,
+                        dtype=torch.float32):
+        """An encoder with its weights and its `Preprocess`, from a folder, the Hub, or a name of `timm`. Raises `ValueError`.
 
         image_size: pictures are squeezed to that square, as in ML-Mamba, and not resized as the encoder's own settings say.
         pad_to_square: pad first, as LLaVA-1.5 does.
@@ -491,7 +498,7 @@ class PretrainedTower(Tower):
 
 # %% ../nbs/13_vision.ipynb #6f40e2c9
 class SigLIP(PretrainedTower):
-    "SigLIP's image encoder (arXiv 2303.15343; VL-Mamba's choice): no class token. `SigLIP(config)` has random weights, `.from_pretrained` real ones."
+    "SigLIP's image encoder (arXiv 2303.15343; VL-Mamba's choice): no class token. `SigLIP(config)` has random weights."
     kind, model_types, options = "siglip", ("siglip_vision_model",), dict(interpolate_pos_encoding=True)
 
     @staticmethod
@@ -536,6 +543,8 @@ class FusedEncoder(nn.Module):
     """
     def __init__(self, towers, preprocess=None):
         super().__init__()
+        if not towers:
+            raise ValueError("towers: got none, need at least one")
         self.towers, self.dim = nn.ModuleList(towers), sum(tower.dim for tower in towers)
         self.preprocess = preprocess or replace(towers[-1].preprocess, mean=HALF[0], std=HALF[1])
 
@@ -544,6 +553,12 @@ class FusedEncoder(nn.Module):
         if len(grids := {grid for _, grid in seen}) != 1:
             raise ValueError(f"towers: got grids {sorted(grids)} from pictures of {tuple(images.shape[2:])} pixels, need one")
         return torch.cat([tokens for tokens, _ in seen], -1), seen[0][1]
+
+# %% ../nbs/13_vision.ipynb #842d8835
+def half_range(encoder):
+    "An encoder for pictures in [-1, 1], as the rest of the library makes them: itself, or in a `FusedEncoder`."
+    preprocess = getattr(encoder, "preprocess", None)
+    return encoder if preprocess is None or (preprocess.mean, preprocess.std) == HALF else FusedEncoder([encoder])
 
 # %% ../nbs/13_vision.ipynb #bb976dca
 ENCODERS = {"conv": ConvEncoder, "vit": ViT, "siglip": SigLIP, "clip": CLIP, "dinov2": DINOv2, "fused": FusedEncoder}
@@ -572,7 +587,10 @@ def encoder_spec(encoder):
 
 # %% ../nbs/13_vision.ipynb #2b4fa15c
 def load_encoder(source, **options):
-    "The pretrained encoder in a folder, on the Hub or of a `timm` name; several, joined by '+', as one `FusedEncoder`. options: of `from_pretrained`."
+    """The pretrained encoder in a folder, on the Hub or of a `timm` name; several, joined by '+', as one `FusedEncoder`.
+
+    options: those of `from_pretrained`, for each of them. Raises `ValueError` for what is not an encoder.
+    """
     if "+" in str(source) and not Path(source).exists():
         return FusedEncoder([load_encoder(part.strip(), **options) for part in str(source).split("+")])
     name = tower_name(source)
@@ -588,7 +606,7 @@ def load_encoder(source, **options):
 
 # %% ../nbs/13_vision.ipynb #d1e0e3d3
 def tower_attention(tower, images, layer=-1):
-    "Attention weights (B, heads, L, L) in one of the layers that a `Tower` kept, with the tokens before the patches; and (height, width)."
+    "Attention weights (B, heads, L, L) in a layer that a `Tower` kept, tokens before the patches included; (height, width)."
     config, layer = tower.model.config, _layer_index(layer, tower.layer)
     usual, config._attn_implementation = config._attn_implementation, "eager"     # the fast ways do not form the weights
     try:
@@ -602,7 +620,7 @@ def tower_attention(tower, images, layer=-1):
 def attention_map(encoder, images, patch=None, layer=-1):
     """What is attended to in one layer of a `ViT` or a `Tower`: weights (B, heads, height, width).
 
-    patch: (row, column) of the patch that reads; without one the class token, or where there is none the average over all patches.
+    patch: (row, column) of the patch that reads; without one the class token, or without that the average of all patches.
     """
     if isinstance(encoder, ViT):
         x, grid = vit_hidden(encoder, images, _layer_index(layer, len(encoder.blocks)))
@@ -626,7 +644,7 @@ def _patch_index(patch, grid):
 
 # %% ../nbs/13_vision.ipynb #2a93231e
 def feature_map(tokens, grid):
-    "Tokens (height * width, dim) of one picture -> (height, width, 3) in [0, 1]: three principal components, each from its least to its largest."
+    "Tokens (height * width, dim) of one picture -> (height, width, 3): three principal components, each stretched to [0, 1]."
     x = tokens.detach().float() - tokens.detach().float().mean(0)
     parts = torch.linalg.svd(x, full_matrices=False)[2][:3]                       # (3, dim)
     parts = parts * parts.gather(1, parts.abs().argmax(1, keepdim=True)).sign()   # the sign is free: the largest entry is positive
@@ -636,7 +654,7 @@ def feature_map(tokens, grid):
 
 
 def draw_map(axis, picture, values, cmap="magma", alpha=0.6, **options):
-    "Draws a map (height, width) or (height, width, 3) over a Pillow picture or array (H, W, 3), stretched to it, on a matplotlib axis."
+    "Draws a map (height, width[, 3]) over a Pillow picture or array (H, W, 3), stretched to it, on a matplotlib axis."
     height, width = np.asarray(picture).shape[:2]
     axis.imshow(picture, extent=(0, width, height, 0))
     axis.imshow(np.asarray(values), extent=(0, width, height, 0), cmap=cmap, alpha=alpha, **options)
