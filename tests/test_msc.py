@@ -25,6 +25,7 @@ from vlmamba_lite.msc import (
     draw_msc,
     mvss_attention,
     mvss_flops,
+    ssd_attention,
 )
 from vlmamba_lite.vss import SCANS, VSS, cross_merge, cross_scan, receptive_field, scan_order
 
@@ -552,6 +553,27 @@ def test_attention_is_the_effect_of_each_patch_on_each_other(shared, ngroups):
                 for s, j in enumerate(path):
                     want[i, j] = M[t, s]
             assert rms_error(found[b, k], want) < 1e-10
+
+
+@given(L=st.integers(1, 9), groups=st.sampled_from([1, 2]))
+@few
+def test_ssd_attention_is_ssd(L, groups):
+    g = torch.Generator().manual_seed(L)
+    x, B, C = (torch.randn(2, L, *shape, generator=g, dtype=torch.float64) for shape in ((4, 3), (groups, 5), (groups, 5)))
+    dt, A = torch.rand(2, L, 4, generator=g, dtype=torch.float64), -torch.rand(4, generator=g, dtype=torch.float64)
+    M = ssd_attention(dt, A, B, C)
+    assert M.shape == (2, 4, L, L) and torch.equal(M, M.tril())
+    assert rms_error(torch.einsum("bhts,bshp->bthp", M, x), msc.ssd_recurrent(x, dt, A, B, C)) < 1e-12
+    single = ssd_attention(dt.float(), A.float(), B.bfloat16(), C.bfloat16())
+    assert single.dtype == torch.float32 and rms_error(single, M) < 0.02
+
+
+@pytest.mark.parametrize("kind", [{"scan": "csm", "shared": True}, {"variant": "released"}], ids=str)
+def test_nothing_is_made_on_another_device(kind, monkeypatch):
+    monkeypatch.setitem(SSD_BACKENDS, "auto", lambda x, **_: x)      # which has no autocast to switch off on "meta"
+    with torch.device("meta"):
+        c, x = MambaScanConnector(8, 12, **SMALL | kind), torch.empty(2, 6, 8)
+    assert c(x, (2, 3)).device == connector_attention(c, x, (2, 3)).device == c.vss.directions(c.stem(x), (2, 3)).device == x.device
 
 
 def test_the_tools_of_the_connectors_work_on_it():

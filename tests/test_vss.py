@@ -19,6 +19,7 @@ from vlmamba_lite.vss import (
     cross_merge,
     cross_scan,
     hidden_attention,
+    plot_listening,
     plot_patch_maps,
     receptive_field,
     scan_order,
@@ -481,7 +482,25 @@ def test_plot_patch_maps_draws_and_marks():
     for at in ((), (1, 2), [(0, 0), (1, 1), (1, 3)]):
         axes = plot_patch_maps(maps, ["a", "b", "c"], at, decades=3 if at else 0)
         assert [ax.get_title() for ax in axes] == ["a", "b", "c"]
+        places = [line.get_xydata().tolist() for ax in axes for line in ax.lines]
+        assert places == {(): [], (1, 2): [[[2, 1]]] * 3}.get(tuple(at), [[[0, 0]], [[1, 1]], [[3, 1]]])
     assert plot_patch_maps(torch.zeros(1, 2, 2)) is not None
+    plt.close("all")
+
+
+def test_plot_listening_shows_what_all_and_what_some_listen_to():
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    heard = {"before": torch.rand(6, 6), "after": torch.rand(6, 6)}
+    for mark in ((), (0, 1)):
+        axes = plot_listening(heard, (2, 3), [(1, 2)], mark)
+        assert axes.shape == (2, 2) and axes[1, 1].get_title() == "after: patch 1, 2"
+        assert [len(ax.lines) for ax in axes.flat] == [len(mark) // 2, 1] * 2
+        for row, M in zip(axes, heard.values()):
+            for ax, want in zip(row, (M.sum(0), M[5])):
+                shown = torch.tensor(ax.images[0].get_array())
+                torch.testing.assert_close(shown, (want / want.max()).double().view(2, 3))
     plt.close("all")
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FILLS', 'SSD_BACKENDS', 'VARIANTS', 'draw_msc', 'along_paths', 'MVSSSizes', 'MVSSWeights', 'mvss_inputs',
            'mvss_scans', 'MVSS', 'mvss_directions', 'SwiGLU', 'MSCBlock', 'ReleasedMSCBlock', 'MSCReport',
-           'MambaScanConnector', 'mvss_flops', 'msc_flops', 'mvss_attention']
+           'MambaScanConnector', 'mvss_flops', 'msc_flops', 'ssd_attention', 'mvss_attention']
 
 # %% ../nbs/10_msc.ipynb #0e2b9246
 import math
@@ -308,13 +308,16 @@ def msc_flops(connector, tokens):
     return total
 
 # %% ../nbs/10_msc.ipynb #68eaa922
-def _heads_attention(x, dt, A, B, C, D=None):
-    "SSD as a matrix for each head: y = M x (+ D x). Arguments as for `ssd_chunked`, dt as it is used -> (B, H, L, L)."
+def ssd_attention(dt, A, B, C):
+    """SSD as a matrix for each head: y = M x (+ D x), the hidden attention of Mamba-2.
+
+    dt (B, L, H), as it is used; A (H,); B, C (B, L, G, N) -> M (B, H, L, L), lower triangular.
+    """
     B, C = (per_head(t, dt.shape[2]).transpose(1, 2).to(dt.dtype) for t in (B, C))       # (B, H, L, N)
     decay = decay_matrix(*split_sum((dt * A).mT))                        # (B, H, L, L)
     return C @ B.mT * decay * dt.mT[:, :, None]
 
-
+# %% ../nbs/10_msc.ipynb #b8a709cb
 @torch.no_grad()
 def mvss_attention(m, x, size):
     """Which patch listened to which in an `MVSS`: mean |hidden attention| over the heads of each direction.
@@ -322,9 +325,10 @@ def mvss_attention(m, x, size):
     x (B, height * width, dim), the input of the MVSS -> (B, K, L, L): entry (i, j) is what patch i takes up of patch j.
     """
     order = m._order(x, size)
-    inputs = {name: t.unflatten(-1 if t.ndim == 1 else 2, (len(order), -1)) for name, t in mvss_inputs(m, x, order)[1].items()}
-    maps = []
+    (_, inputs), H, maps = mvss_inputs(m, x, order), m.nheads, []
+    dt, A, (B, C) = inputs["dt"], inputs["A"], (per_head(inputs[name], len(order) * H) for name in "BC")
     for k, back in enumerate(order.argsort(1)):
-        M = _heads_attention(**{name: t.select(0 if t.ndim == 2 else 2, k) for name, t in inputs.items()})
-        maps.append(M.abs().mean(1)[:, back][:, :, back])
+        heads = torch.arange(k * H, (k + 1) * H, device=x.device).split(8)
+        M = sum(ssd_attention(dt[:, :, h], A[h], B[:, :, h], C[:, :, h]).abs().sum(1) for h in heads) / H
+        maps.append(M[:, back][:, :, back])
     return torch.stack(maps, 1)

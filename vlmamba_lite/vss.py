@@ -6,7 +6,7 @@
 __all__ = ['PATHS', 'SCANS', 'scan_order', 'plot_scan_order', 'cross_scan', 'unscan', 'cross_merge', 'vss_directions',
            'vss_definition', 'DirectionWeights', 'direction_weights', 'scan_inputs', 'direction_scan', 'check_tokens',
            'VSS', 'SS2D', 'VMambaBlock', 'receptive_field', 'plot_patch_maps', 'hidden_attention', 'vss_step_sizes',
-           'vss_attention']
+           'vss_attention', 'plot_listening']
 
 # %% ../nbs/06_vss.ipynb #7daf5887
 from itertools import pairwise
@@ -383,7 +383,8 @@ def plot_patch_maps(maps, titles=None, at=(), decades=0, axes=None):
     images = [_draw_map(ax, values, decades) for ax, values in zip(axes, maps)]
     for i, mark in enumerate(marks):
         axes[i].set_title(titles[i] if titles else "")
-        axes[i].plot(*mark[::-1], "s", markerfacecolor="none", markeredgecolor="#e8463a", markersize=7)
+        if mark:
+            axes[i].plot(*mark[::-1], "s", markerfacecolor="none", markeredgecolor="#e8463a", markersize=7)
     axes[0].figure.colorbar(images[-1], ax=list(axes), label=r"$\log_{10}$" if decades else "", shrink=0.8)
     return axes
 
@@ -441,3 +442,19 @@ def vss_attention(vss, x, size, channels=64):
     back = order.argsort(1)
     M = [_listening(inputs, k, K, chosen)[:, back[k]][:, :, back[k]] for k in range(K)]
     return torch.stack(M, 1)
+
+# %% ../nbs/06_vss.ipynb #c81ecd0c
+def plot_listening(heard, size, listeners, mark=()):
+    """Which patches are listened to, by all patches and by some: a row for each entry of `heard`. Returns the axes.
+
+    heard: dict name -> (L, L), the attention of patch i to patch j: of one picture, directions summed or one of them.
+    listeners: (row, column) of single patches, marked on their maps; mark: a patch to mark where all listen.
+    """
+    import matplotlib.pyplot as plt
+    columns = 1 + len(listeners)
+    _, axes = plt.subplots(len(heard), columns, figsize=(min(6, 2 * columns), 1.6 * len(heard)), squeeze=False)
+    for row, (name, attention) in zip(axes, heard.items()):
+        maps = [attention.sum(0), *(attention[r * size[1] + c] for r, c in listeners)]
+        titles = [f"{name}: all"] + [f"{name}: patch {r}, {c}" for r, c in listeners]
+        plot_patch_maps([values.view(size) for values in maps], titles, [mark, *listeners], axes=row)
+    return axes
