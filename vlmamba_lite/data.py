@@ -16,7 +16,11 @@ __all__ = ['COLORS', 'SHAPES', 'VALIDATION_IMAGES', 'QUESTION_TYPES', 'CAPTION_Q
            'take_out_marks', 'guess_columns', 'read_turns', 'read_record', 'repeated_ids', 'ConversationSet',
            'read_position', 'parse_json', 'llava_set', 'undecoded', 'hub_set', 'easy_vqa_set', 'Tally', 'attempt',
            'picture_keys', 'split_by_image', 'Scene', 'random_scene', 'draw_scene', 'scene_answer', 'scene_questions',
-           'SortOfClevr', 'sort_of_clevr', 'allowed_changes', 'mix_channels', 'augment_pictures']
+           'SortOfClevr', 'sort_of_clevr', 'allowed_changes', 'mix_channels', 'augment_pictures', 'Batch', 'lay_out',
+           'gather_pictures', 'collate', 'collate_by_image', 'select_state', 'read_prefixes', 'read_lines',
+           'batch_loss', 'first_fit', 'collate_packed', 'group_by_length', 'Mixture', 'place', 'Preparer',
+           'open_pictures', 'prepare_rows', 'Batches', 'sample_rows', 'batch_positions', 'text_length', 'load_batches',
+           'loader_speed', 'StreamBatches', 'stream_batches', 'stream_rows', 'stream_batch']
 
 # %% ../nbs/14_data.ipynb #945cb5e9
 import hashlib
@@ -24,17 +28,21 @@ import html
 import io
 import json
 import re
+import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.utils.data import DataLoader
 
 import vlmamba_lite
+from .language_model import next_token_loss
 
 # %% ../nbs/14_data.ipynb #20b23c7a
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -551,7 +559,7 @@ class Row:
     labels: list
     cut: int = 0      # learned tokens lost to max_length
 
-
+# %% ../nbs/14_data.ipynb #27f8a3e4
 def cut_row(row, max_length):
     "The row, at most `max_length` tokens of it, with `cut` counted. SampleError where nothing is left to learn."
     if max_length is not None and len(row.input_ids) > max_length:
@@ -561,13 +569,13 @@ def cut_row(row, max_length):
         raise fault(row.name, "cut", f"nothing is left to learn in {max_length} tokens; {row.cut} learned tokens were cut")
     return row
 
-# %% ../nbs/14_data.ipynb #27f8a3e4
+# %% ../nbs/14_data.ipynb #e40b2369
 def _check_fits(conversation, template):
     if not template.asks and (len(conversation.turns) != 1 or not conversation.images):
         raise fault(conversation.name, "turns", f"got {len(conversation.images)} pictures and {len(conversation.turns)} turns, "
                     "need a picture and one turn where the template leaves out the user's words")
 
-
+# %% ../nbs/14_data.ipynb #dea835c3
 def encode_conversation(conversation, tokenizer, template="zephyr", max_length=None):
     """A `Conversation` -> its `Row`s: one, or one for each turn where the template says `alone`. tokenizer: of `tokenizers` or `transformers`.
 
@@ -630,7 +638,7 @@ def picture_list(value, sample, root):
         images.append(safe_path(root, str(image), sample) if isinstance(image, str | Path) else image)
     return images
 
-
+# %% ../nbs/14_data.ipynb #ab3f15cc
 def load_picture(image, sample):
     "Opens what `picture_list` gave -> an upright PIL picture. Raises a SampleError of kind 'image' for what cannot be read."
     try:
@@ -705,7 +713,7 @@ def read_turns(record, columns, sample):
         raise fault(sample, "turns", f"got {len(questions)} questions and {len(answers)} answers, need one answer a question")
     return list(zip(questions, answers))
 
-
+# %% ../nbs/14_data.ipynb #39bea91a
 def read_record(record, columns, sample, root=None):
     "A record (a dict) -> `Conversation`, checked but for the content of its pictures. Raises a `SampleError`."
     if not isinstance(record, dict):
@@ -815,7 +823,7 @@ def hub_set(data, columns=None, label="data", root=None):
     "A `datasets.Dataset` -> `ConversationSet`. columns: a map as of `guess_columns`, which is asked without one."
     return ConversationSet(undecoded(data), columns or guess_columns(data.column_names), label, root)
 
-
+# %% ../nbs/14_data.ipynb #51a57d98
 def easy_vqa_set(split):
     "easy-VQA's split as a `ConversationSet`: a picture and all its questions are one conversation."
     return hub_set(load_easy_vqa(split), label=f"easy-VQA {split}")
@@ -893,7 +901,7 @@ class Scene:
     centers: tuple
     circles: tuple
 
-
+# %% ../nbs/14_data.ipynb #db17dc25
 def random_scene(rng):
     "A scene: centres anywhere inside, no two nearer than two radii; square or circle by a coin."
     centers = []
@@ -921,7 +929,7 @@ NON_RELATIONAL = {"shape": "what shape is the {} object?", "left": "is the {} ob
 RELATIONAL = {"closest": "what shape is the object closest to the {} one?", "furthest": "what shape is the object furthest from the {} one?",
               "count": "how many objects have the shape of the {} one?"}
 
-
+# %% ../nbs/14_data.ipynb #46b5fc53
 def scene_answer(scene, kind, i):
     "The answer to a question of a kind about object i; None where the picture does not decide."
     x, y = scene.centers[i]
@@ -945,7 +953,7 @@ def scene_questions(scene, rng, count=10):
         turns += [every[i] for i in rng.permutation(len(every)) if every[i][1] is not None][:count]
     return [q for q, _ in turns], [a for _, a in turns]
 
-
+# %% ../nbs/14_data.ipynb #60587804
 class SortOfClevr:
     "The records of Sort-of-CLEVR: `records[i]` is a function of (seed, i)."
 
@@ -989,7 +997,7 @@ def mix_channels(images, rng, strength=0.3):
     mixed = torch.einsum("ck,nkhw->nchw", torch.from_numpy(mix).float(), images.float())
     return mixed.round().clamp(0, 255).to(torch.uint8)
 
-
+# %% ../nbs/14_data.ipynb #c140ef03
 def augment_pictures(images, turns, rng, shift=2):
     "Pictures of one sample (n, 3, h, w) uint8, changed as far as its turns allow: mirrored, moved by up to `shift` pixels, recoloured."
     allowed = allowed_changes(turns)
@@ -1001,3 +1009,323 @@ def augment_pictures(images, turns, rng, shift=2):
     h, w = images.shape[-2:]
     rows, columns = (torch.arange(n).add(d).clamp(0, n - 1) for n, d in ((h, y), (w, x)))
     return images[:, :, rows][:, :, :, columns]
+
+# %% ../nbs/14_data.ipynb #fdccac5a
+@dataclass
+class Batch:
+    "Texts and the pictures they begin with. A text is a `Row`; plain batches have one in each line, packed ones several."
+    images: torch.Tensor       # (n, 3, h, w)
+    prefixes: torch.Tensor     # (p, most pictures): which images a prefix consists of, -1 where it has fewer
+    prefix_of: torch.Tensor    # (texts,): the prefix of each text
+    starts: torch.Tensor       # (lines, T): the number of the text whose first token stands here, else -1
+    input_ids: torch.Tensor    # (lines, T)
+    labels: torch.Tensor       # (lines, T), -100 where nothing is learned
+    mask: torch.Tensor         # (lines, T), True at real tokens: from lengths, never from token ids
+    names: list                # of the texts
+    tally: Tally = field(default_factory=Tally)
+
+    def to(self, device):
+        "The batch with its tensors on a device."
+        return replace(self, **{name: part.to(device) for name, part in vars(self).items() if isinstance(part, torch.Tensor)})
+
+# %% ../nbs/14_data.ipynb #5224b1ed
+def lay_out(lines, pad_id):
+    "Lines, each a list of (number, Row) -> starts, input_ids, labels, mask of a `Batch`."
+    starts = [[n if t == 0 else -1 for n, row in line for t in range(len(row.input_ids))] for line in lines]
+    ids = [[token for _, row in line for token in row.input_ids] for line in lines]
+    labels = [[label for _, row in line for label in row.labels] for line in lines]
+    mask = [[True] * len(line) for line in ids]
+    return pad_rows(starts, -1), pad_rows(ids, pad_id), pad_rows(labels, -100), pad_rows(mask, False)
+
+# %% ../nbs/14_data.ipynb #1977dbd7
+def gather_pictures(rows, share):
+    "Pictures of rows, each (k, 3, h, w) or nothing -> images, prefixes, prefix_of; with `share`, equal pictures are there once."
+    place, prefixes, pictures, prefix_of = {}, [], [], []
+    for n, row in enumerate(rows):
+        key = n if len(row.images) else "no pictures"
+        if share and len(row.images):
+            key = hashlib.sha256(row.images.numpy().tobytes()).digest()
+        if key not in place:
+            first = sum(map(len, pictures))
+            place[key] = len(prefixes)
+            prefixes.append(list(range(first, first + len(row.images))))
+            pictures.append(row.images)
+        prefix_of.append(place[key])
+    images = torch.cat([part for part in pictures if len(part)] or [torch.empty(0)])
+    return images, pad_rows(prefixes, -1).long(), torch.tensor(prefix_of)
+
+# %% ../nbs/14_data.ipynb #95ee305f
+def _lines_batch(lines, rows, share, pad_id):
+    if not rows:
+        raise ValueError("rows: got none, need at least one")
+    return Batch(*gather_pictures(rows, share), *lay_out(lines, pad_id), [row.name for row in rows])
+
+
+def collate(rows, pad_id):
+    "Plain: a line for each text, each with its own pictures."
+    return _lines_batch([[(n, row)] for n, row in enumerate(rows)], rows, False, pad_id)
+
+
+def collate_by_image(rows, pad_id):
+    "A line for each text; texts about the same pictures share them, so the model reads those once."
+    return _lines_batch([[(n, row)] for n, row in enumerate(rows)], rows, True, pad_id)
+
+# %% ../nbs/14_data.ipynb #68648113
+def select_state(state, rows):
+    "The states of these rows, in this order."
+    return [type(s)(*(part[rows] for part in s)) for s in state]
+
+
+def read_prefixes(language, batch, see=None):
+    "The language model's state after each prefix of a batch; None where the batch has no picture. see: pictures -> (n, t, d_model)."
+    if not batch.images.numel():
+        return None
+    if see is None:
+        raise ValueError("see: got None, need a function from pictures to visual tokens for a batch with pictures")
+    tokens = see(normalize(batch.images) if batch.images.dtype == torch.uint8 else batch.images)
+    there = (batch.prefixes >= 0).repeat_interleave(tokens.shape[1], 1)                   # (p, most * t)
+    x = tokens[batch.prefixes.clamp(min=0)].flatten(1, 2)                                 # (p, most * t, d)
+    return language.hidden(inputs_embeds=x, mask=there)[1]
+
+# %% ../nbs/14_data.ipynb #7a1ec277
+def _begin(state, fresh, batch, column):
+    "The states of all lines, those replaced in which a text begins at this column. fresh: the state after each prefix, or None."
+    number = batch.starts[:, column]
+    if fresh is not None:
+        fresh = select_state(fresh, batch.prefix_of[number.clamp(min=0)])
+    elif state is not None:
+        fresh = [type(s)(*map(torch.zeros_like, s)) for s in state]
+    if state is None or fresh is None:
+        return fresh
+    begins = [[(number >= 0).view(-1, *[1] * (part.ndim - 1)) for part in s] for s in state]
+    return [type(s)(*map(torch.where, b, f, s)) for b, f, s in zip(begins, fresh, state)]
+
+# %% ../nbs/14_data.ipynb #dc82743c
+def read_lines(language, batch, fresh=None):
+    "Logits (lines, T, V) of a batch: every text begins from its prefix's state (`read_prefixes`) and sees nothing of its neighbours."
+    cuts = [*(batch.starts >= 0).any(0).nonzero().flatten().tolist(), batch.starts.shape[1]]
+    state, logits = None, []
+    for a, b in zip(cuts, cuts[1:]):
+        state = _begin(state, fresh, batch, a)
+        out = language(batch.input_ids[:, a:b], mask=batch.mask[:, a:b], state=state)
+        state, logits = out.state, [*logits, out.logits]
+    return torch.cat(logits, 1)
+
+# %% ../nbs/14_data.ipynb #732017ed
+def batch_loss(language, batch, see=None):
+    "The mean loss over the learned tokens of a batch of any layout. language: a `MambaLM`; see: as of `read_prefixes`."
+    return next_token_loss(read_lines(language, batch, read_prefixes(language, batch, see)), batch.labels, batch.mask)
+
+# %% ../nbs/14_data.ipynb #b614ad0f
+def first_fit(lengths, room):
+    "Positions of `lengths` in lines of at most `room`: longest first, each into the first line where it fits."
+    lines, free = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[i] > room:
+            raise ValueError(f"length: got a text of {lengths[i]} tokens, need at most {room}")
+        at = next((k for k, left in enumerate(free) if left >= lengths[i]), len(lines))
+        if at == len(lines):
+            lines.append([])
+            free.append(room)
+        lines[at].append(i)
+        free[at] -= lengths[i]
+    return lines
+
+# %% ../nbs/14_data.ipynb #c19ef023
+def collate_packed(rows, pad_id, length=None):
+    "Several texts in a line of at most `length` tokens, by default the longest text's; texts about the same pictures share them."
+    lengths = [len(row.input_ids) for row in rows]
+    lines = first_fit(lengths, max(lengths, default=0) if length is None else length)
+    return _lines_batch([[(i, rows[i]) for i in line] for line in lines], rows, True, pad_id)
+
+# %% ../nbs/14_data.ipynb #0612ea83
+def group_by_length(lengths, batch_size, rng):
+    "Positions of `lengths` in batches of similar length, the batches in random order."
+    order = np.argsort(lengths, kind="stable")
+    batches = [order[i:i + batch_size].tolist() for i in range(0, len(order), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+# %% ../nbs/14_data.ipynb #58383f7a
+class Mixture:
+    "Several sets, drawn by weight: `place(n)` is (which set, which sample of it), a function of the seed and n. Weights: sizes by default."
+    BLOCK = 4096
+
+    def __init__(self, sets, weights=None, seed=0):
+        weights = np.array([len(data) for data in sets] if weights is None else weights, dtype=float)
+        if weights.shape != (len(sets),) or not len(sets) or not np.isfinite(weights).all() or weights.min() <= 0 or not all(map(len, sets)):
+            raise ValueError(f"sets, weights: got sizes {[len(d) for d in sets]} and {weights.tolist()}, need a positive weight for each set")
+        self.sets, self.share, self.seed = list(sets), weights / weights.sum(), seed
+        self.before, self.orders = [np.zeros(len(sets), int)], {}         # draws of each set before a block; the permutations in use
+
+    def block(self, number):
+        "The sets of `BLOCK` positions."
+        return np.random.default_rng((self.seed, 0, number)).choice(len(self.sets), self.BLOCK, p=self.share)
+
+# %% ../nbs/14_data.ipynb #ce179683
+def _drawn_before(mixture, block):
+    "How often each set was drawn in the blocks before this one."
+    while len(mixture.before) <= block:
+        counts = np.bincount(mixture.block(len(mixture.before) - 1), minlength=len(mixture.sets))
+        mixture.before.append(mixture.before[-1] + counts)
+    return mixture.before[block]
+
+# %% ../nbs/14_data.ipynb #723f0ef5
+def place(mixture, n):
+    "(which set, which sample of it) at position n of a `Mixture`."
+    block, at = divmod(n, mixture.BLOCK)
+    drawn = mixture.block(block)
+    k = int(drawn[at])
+    count = int(_drawn_before(mixture, block)[k] + (drawn[:at] == k).sum())        # how often set k came before
+    this_pass, i = divmod(count, len(mixture.sets[k]))
+    if mixture.orders.get(k, (None,))[0] != this_pass:
+        order = np.random.default_rng((mixture.seed, 1 + k, this_pass)).permutation(len(mixture.sets[k]))
+        mixture.orders[k] = this_pass, order
+    return k, int(mixture.orders[k][1][i])
+
+# %% ../nbs/14_data.ipynb #f42d9d89
+@dataclass
+class Preparer:
+    "A conversation and its position -> its `Row`s with pictures as a tensor (k, 3, h, w). Raises a `SampleError`."
+    tokenizer: object
+    template: object = "zephyr"
+    max_length: int | None = None
+    process: object = partial(process_images, size=64)     # PIL pictures -> (k, 3, h, w)
+    questions: int | None = None                           # at most so many turns of a conversation, drawn anew each time
+    augmented: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        self.codec = Codec(self.tokenizer)
+
+    def __call__(self, conversation, n):
+        return prepare_rows(self, conversation, n)
+
+# %% ../nbs/14_data.ipynb #64610ef7
+def open_pictures(conversation, process):
+    "The pictures of a conversation as process() makes them, (k, 3, h, w); an empty tensor where there are none."
+    pictures = [load_picture(image, conversation.name) for image in conversation.images]
+    try:
+        return process(pictures) if pictures else torch.empty(0, dtype=torch.uint8)
+    except ValueError as error:
+        raise fault(conversation.name, "image", str(error)) from None
+
+# %% ../nbs/14_data.ipynb #f41ee7cf
+def prepare_rows(prepare, conversation, n):
+    "What a `Preparer` does: draw turns, encode and prove them, open and change the pictures."
+    rng, turns = np.random.default_rng((prepare.seed, n, 2)), conversation.turns
+    if prepare.questions is not None and len(turns) > prepare.questions:
+        turns = [turns[i] for i in rng.permutation(len(turns))[:prepare.questions]]
+    rows = encode_conversation(replace(conversation, turns=turns), prepare.codec, prepare.template, prepare.max_length)
+    images = open_pictures(conversation, prepare.process)
+    images = augment_pictures(images, turns, rng) if prepare.augmented and len(images) else images
+    return [replace(row, images=images) for row in rows]
+
+# %% ../nbs/14_data.ipynb #142af930
+@dataclass
+class Batches:
+    "`batches[step]`: a `Batch` of `batch_size` conversations, a pure function of the mixture's seed and the step."
+    mixture: Mixture
+    prepare: Preparer
+    batch_size: int = 16
+    collate: object = collate        # or collate_by_image, collate_packed
+    group: int = 1                   # so many batches at a time are grouped by length
+    on_error: str = "raise"
+
+    def __getitem__(self, step):
+        tally = Tally()
+        rows = list(chain.from_iterable(sample_rows(self, int(n), tally) for n in batch_positions(self, step)))
+        tally.cut += sum(row.cut for row in rows)
+        return replace(self.collate(rows, self.prepare.codec.pad_id), tally=tally)
+
+# %% ../nbs/14_data.ipynb #6a15ee9f
+def sample_rows(batches, n, tally):
+    "The rows of position n; where that is skipped, of a sample drawn in its stead from the same set."
+    k, i = place(batches.mixture, n)
+    data = batches.mixture.sets[k]
+    for again in range(100):
+        rows = attempt(lambda: batches.prepare(data[i], n), tally, batches.on_error)       # noqa: B023 - called at once
+        if rows is not None:
+            return rows
+        i = int(np.random.default_rng((batches.mixture.seed, n, 3, again)).integers(len(data)))
+    raise ValueError(f"data: 100 samples in a row could not be used; the last: {tally.messages[-1]}")
+
+# %% ../nbs/14_data.ipynb #8f38d6e6
+def batch_positions(batches, step):
+    "The positions of a step; with `group`, those of as many steps are sorted by the length of their texts first."
+    size, (group, own) = batches.batch_size, divmod(step, batches.group)
+    n = np.arange(group * batches.group * size, (group + 1) * batches.group * size)
+    if batches.group == 1:
+        return n
+    rng = np.random.default_rng((batches.mixture.seed, group, 4))
+    return n[group_by_length([text_length(batches, int(i)) for i in n], size, rng)[own]]
+
+# %% ../nbs/14_data.ipynb #c5d11d5c
+def text_length(batches, n):
+    "Characters of the conversation at position n; 0 for one that cannot be read, which shows when its batch is made."
+    k, i = place(batches.mixture, n)
+    try:
+        return sum(map(len, chain.from_iterable(batches.mixture.sets[k][i].turns)))
+    except SampleError:
+        return 0
+
+
+def load_batches(batches, start, stop, workers=0):
+    "The batches from step `start` up to `stop`, in order, made by `workers` processes beside this one."
+    return DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers)
+
+# %% ../nbs/14_data.ipynb #9a503318
+def loader_speed(batches, workers=2, steps=40):
+    "What workers deliver in a second, after the first batch: {'pictures', 'texts', 'batches'} per second."
+    texts, pictures, began = 0, 0, None
+    for batch in load_batches(batches, 0, steps + 1, workers):
+        if began is None:                                    # the workers are up
+            began = time.perf_counter()
+            continue
+        texts, pictures = texts + len(batch.names), pictures + len(batch.images)
+    seconds = time.perf_counter() - began
+    return {name: round(n / seconds, 1) for name, n in (("pictures", pictures), ("texts", texts), ("batches", steps))}
+
+# %% ../nbs/14_data.ipynb #ba6c2050
+@dataclass
+class StreamBatches:
+    "Batches of records that come one by one: a streaming set of `datasets`, or any iterable that begins anew each time."
+    records: object
+    prepare: Preparer
+    columns: dict
+    batch_size: int = 16
+    collate: object = collate
+    on_error: str = "raise"
+    label: str = "stream"
+    root: object = None
+    position: int = 0                # records read so far: begin here to go on
+
+    def __iter__(self):
+        return stream_batches(self)
+
+# %% ../nbs/14_data.ipynb #60206aad
+def stream_batches(stream):
+    "The batches of a `StreamBatches`, whose position moves as they are made."
+    rest = stream.records.skip(stream.position) if hasattr(stream.records, "skip") else islice(iter(stream.records), stream.position, None)
+    ready, tally = [], Tally()
+    for record in rest:
+        rows = attempt(partial(stream_rows, stream, record), tally, stream.on_error)
+        stream.position += 1
+        ready += [] if rows is None else [rows]
+        if len(ready) == stream.batch_size:
+            yield stream_batch(stream, ready, tally)
+            ready, tally = [], Tally()
+    if ready:
+        yield stream_batch(stream, ready, tally)
+
+# %% ../nbs/14_data.ipynb #d738890b
+def stream_rows(stream, record):
+    "The rows of the record at a stream's position."
+    sample = f"{stream.position} of {stream.label}"
+    return stream.prepare(read_record(record, stream.columns, sample, stream.root), stream.position)
+
+
+def stream_batch(stream, ready, tally):
+    "A batch of the rows that are ready, with the tally of how they came."
+    rows = list(chain.from_iterable(ready))
+    tally.cut += sum(row.cut for row in rows)
+    return replace(stream.collate(rows, stream.prepare.codec.pad_id), tally=tally)
