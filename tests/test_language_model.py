@@ -1,19 +1,24 @@
 """The language model against transformers, against itself read in pieces, padded or step by step, and against slow loops."""
 import math
+import statistics
+import time
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmamba_lite.language_model import (MIXERS, Block, MambaConfig, MambaLM, add_float32, choose_token, last_token,
-                                         next_token_loss, read_stream, repeat_state)
+from vlmamba_lite.language_model import (MIXERS, Attention, AttentionState, Block, GraphedStep, MambaConfig, MambaLM, add_float32,
+                                         choose_token, clone_state, kept_probabilities, last_token, load_state, next_token_loss,
+                                         penalise, read_stream, repeat_state, rotate, save_state, seen_tokens)
 
 few = settings(deadline=None, max_examples=12, derandomize=True, database=None)
-ARGS = {"mamba": dict(d_state=5), "mamba2": dict(d_state=6, headdim=8, chunk_size=8)}
-both = pytest.mark.parametrize("mixer", sorted(MIXERS))
+ARGS = {"mamba": dict(d_state=5), "mamba2": dict(d_state=6, headdim=8, chunk_size=8), "attention": dict(headdim=8)}
+every = pytest.mark.parametrize("mixer", sorted(MIXERS))
+both = pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
 V = 37
 
 
@@ -42,6 +47,12 @@ def tokens(*shape, seed=1):
     return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def row_of(state, i):
+    "The state of one row; without the pads that attention keeps."
+    row = [type(s)(*(part[i:i+1] for part in s)) for s in state]
+    return [type(s)(*(part[:, s.real[0]] for part in s)) if isinstance(s, AttentionState) else s for s in row]
+
+
 def assert_states(got, want, limit):
     for g, w in zip(got, want, strict=True):
         assert type(g) is type(w)
@@ -55,27 +66,48 @@ def pad(rows, side, value=0):
 
 # --- transformers ----------------------------------------------------------------------------------------------------
 
+def our_weights(w):
+    return {name.replace("backbone.embeddings.", "backbone.embedding."): p for name, p in w.items()}
+
+
+def our_weights_of_llama(w):
+    new = {"backbone.embedding.weight": w["model.embed_tokens.weight"], "backbone.norm_f.weight": w["model.norm.weight"],
+           "lm_head.weight": w["lm_head.weight"]}
+    for i in range(3):
+        old, our = f"model.layers.{i}.", f"backbone.layers.{i}."
+        new[our + "norm.weight"] = w[old + "input_layernorm.weight"]
+        new[our + "norm2.weight"] = w[old + "post_attention_layernorm.weight"]
+        new[our + "mixer.in_proj.weight"] = torch.cat([w[f"{old}self_attn.{x}_proj.weight"] for x in "qkv"])
+        new[our + "mixer.out_proj.weight"] = w[old + "self_attn.o_proj.weight"]
+        new[our + "mlp.fc1.weight"] = torch.cat([w[f"{old}mlp.{x}_proj.weight"] for x in ("up", "gate")])
+        new[our + "mlp.fc2.weight"] = w[old + "mlp.down_proj.weight"]
+    return new
+
+
 def peer(mixer, tied=True):
     "A random transformers model and ours with its weights: 40 = 37 padded to a multiple of 8."
     torch.manual_seed(0)
     shared = dict(vocab_size=40, hidden_size=16, num_hidden_layers=3, tie_word_embeddings=tied, bos_token_id=None,
                   eos_token_id=None, pad_token_id=None)
+    weights = our_weights
     if mixer == "mamba":
         config = transformers.MambaConfig(**shared, state_size=5, time_step_rank=1, use_mambapy=False)
         theirs = transformers.MambaForCausalLM(config)
+    elif mixer == "attention":
+        config = transformers.LlamaConfig(**shared, intermediate_size=48, num_attention_heads=2, head_dim=8, rms_norm_eps=1e-5)
+        theirs, weights = transformers.LlamaForCausalLM(config), our_weights_of_llama
     else:
         config = transformers.Mamba2Config(**shared, num_heads=4, head_dim=8, state_size=6, n_groups=1, chunk_size=8)
         theirs = transformers.Mamba2ForCausalLM(config)
     theirs = lively(theirs).eval()
     ours = MambaLM(MambaConfig(16, 3, V, mixer=mixer, mixer_args=ARGS[mixer], tie_embeddings=tied))
-    renamed = {"backbone.embeddings.weight": "backbone.embedding.weight"}
-    ours.load_state_dict({renamed.get(name, name): w for name, w in theirs.state_dict().items()}, strict=True)
+    ours.load_state_dict(weights(theirs.state_dict()), strict=True)
     with torch.no_grad():                               # transformers knows no padding: its three extra tokens must lose too
         theirs.lm_head.weight[V:] = 0.
     return theirs, ours
 
 
-@both
+@every
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_are_those_of_transformers(mixer, tied):
     theirs, ours = peer(mixer, tied)
@@ -87,7 +119,7 @@ def test_logits_are_those_of_transformers(mixer, tied):
         assert rms_error(got, want) < 1e-5, length
 
 
-@both
+@every
 def test_loss_is_that_of_transformers(mixer):
     theirs, ours = peer(mixer)
     ids = tokens(3, 12)
@@ -98,7 +130,7 @@ def test_loss_is_that_of_transformers(mixer):
     torch.testing.assert_close(ours(ids, labels=labels).loss, want, rtol=1e-5, atol=0)
 
 
-@both
+@every
 def test_greedy_generation_is_that_of_transformers(mixer):
     theirs, ours = peer(mixer)
     ids = tokens(4, 7)
@@ -113,7 +145,7 @@ def test_greedy_generation_is_that_of_transformers(mixer):
 
 # --- state -----------------------------------------------------------------------------------------------------------
 
-@both
+@every
 def test_steps_are_the_forward_pass(mixer):
     lm, ids = make(mixer), tokens(2, 120)
     want, state, logits = lm(ids), None, []
@@ -126,7 +158,7 @@ def test_steps_are_the_forward_pass(mixer):
     assert rms_error(lm(after, state=state).logits, lm(torch.cat([ids, after], 1)).logits[:, 120:]) < 1e-11
 
 
-@both
+@every
 @given(cuts=st.lists(st.integers(1, 29), unique=True, min_size=1, max_size=4).map(sorted))
 @few
 def test_a_text_may_be_read_in_pieces(mixer, cuts):
@@ -140,7 +172,7 @@ def test_a_text_may_be_read_in_pieces(mixer, cuts):
     assert_states(state, want.state, 1e-11)
 
 
-@both
+@every
 def test_the_state_is_not_changed_in_place(mixer):
     lm, ids = make(mixer), tokens(2, 9)
     state = lm(ids).state
@@ -150,19 +182,19 @@ def test_the_state_is_not_changed_in_place(mixer):
     assert all(torch.equal(a, b) for s, t in zip(state, before, strict=True) for a, b in zip(s, t, strict=True))
 
 
-@both
+@every
 def test_gradcheck_through_the_state(mixer):
     lm = make(mixer, d_model=8, n_layer=2, vocab_size=5)
     a, b = (torch.randn(1, n, 8, dtype=torch.float64, requires_grad=True) for n in (3, 2))
 
     def logits_of_b(a, b):
         out = lm(inputs_embeds=b, state=lm.hidden(inputs_embeds=a)[1])
-        return (out.logits, *(part for s in out.state for part in s))
+        return (out.logits, *(part for s in out.state for part in s if part.dtype != torch.bool))
 
     assert torch.autograd.gradcheck(logits_of_b, (a, b))
 
 
-@both
+@every
 def test_parameters_learn_the_same_from_pieces_and_from_steps(mixer):
     lm, ids = make(mixer), tokens(2, 14)
 
@@ -186,7 +218,7 @@ def test_parameters_learn_the_same_from_pieces_and_from_steps(mixer):
         assert max(map(rms_error, gradients(read), want)) < 1e-9, read
 
 
-@both
+@every
 def test_repeat_state_continues_every_row(mixer):
     lm, prefix, rest = make(mixer), tokens(2, 11), tokens(6, 4, seed=2)
     state = lm(prefix).state
@@ -202,7 +234,7 @@ def test_repeat_state_continues_every_row(mixer):
         repeat_state(state, 0)
 
 
-@both
+@every
 def test_a_wrong_state_is_named(mixer):
     lm, ids = make(mixer), tokens(3, 4)
     state = lm(ids).state
@@ -213,9 +245,167 @@ def test_a_wrong_state_is_named(mixer):
             call(state, 1)
 
 
-# --- prompts of unequal length ---------------------------------------------------------------------------------------
+@every
+def test_a_state_is_saved_loaded_and_cloned(mixer, tmp_path):
+    lm, ids = make(mixer, torch.bfloat16), tokens(2, 9)
+    state = lm(ids).state
+    save_state(state, tmp_path / "deep" / "state.safetensors")
+    loaded, cloned = load_state(tmp_path / "deep" / "state.safetensors"), clone_state(state)
+    for other in (loaded, cloned):
+        for s, o in zip(state, other, strict=True):
+            assert type(s) is type(o) and not any(part.requires_grad for part in o)
+            assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(s, o, strict=True))
+    assert torch.equal(lm.generate(ids[:, :2], 9, state=loaded), lm.generate(ids[:, :2], 9, state=state))
+    with torch.no_grad():
+        cloned[0][0].zero_()
+    assert state[0][0].any()
+    assert [f.name for f in (tmp_path / "deep").iterdir()] == ["state.safetensors"]
+
+
+def test_files_that_hold_no_state(tmp_path):
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(FileNotFoundError):
+        load_state(path)
+    save_state(make("mamba")(tokens(1, 3)).state, path)
+    whole = path.read_bytes()
+    for wrong in (b"", b"{}", whole[:-8], whole[:20]):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match="state.safetensors"):
+            load_state(path)
+    safetensors.torch.save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"state.safetensors: got state None, need one of \['AttentionState', 'Mamba2State', 'MambaState'\]"):
+        load_state(path)
+
+
+@every
+def test_recomputation_changes_nothing_but_memory(mixer):
+    lm, ids = make(mixer, torch.float32), tokens(2, 40)
+    before = clone_state(lm(ids).state)
+
+    def run(recompute):
+        kept, lm.backbone.recompute = [], recompute
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            out = lm(ids, labels=ids, state=before)
+        return sum(kept), out, torch.autograd.grad(out.loss, list(lm.parameters()))
+
+    (much, plain, want), (little, again, got) = run(False), run(True)
+    assert torch.equal(plain.logits, again.logits) and all(map(torch.equal, got, want))
+    assert_states(again.state, plain.state, 1e-12)
+    assert little + 3 * ids.numel() * 16 < much / 3      # with the inputs of the three layers, which are kept
+    lm.backbone.recompute = True
+    with torch.no_grad():
+        assert torch.equal(lm(ids, state=before).logits, plain.logits)
+
+
+# --- cost of a token -------------------------------------------------------------------------------------------------
 
 @both
+def test_a_token_costs_the_same_after_any_context(mixer):
+    lm, token = make(mixer, torch.float32), tokens(1)
+    with torch.no_grad():
+        states = {length: lm.hidden(tokens(1, length))[1] for length in (128, 16384)}
+        sizes = {length: [tuple(part.shape) for s in state for part in s] for length, state in states.items()}
+        assert sizes[128] == sizes[16384]
+
+        def ratio(blocks=15, steps=30):
+            spent = {length: [] for length in states}
+            for _ in range(blocks):                      # in turns, so that a busy machine is busy for both
+                for length, state in states.items():
+                    start = time.process_time()
+                    for _ in range(steps):
+                        _, state = lm.step(token, state)
+                    spent[length].append(time.process_time() - start)
+            return statistics.median(spent[16384]) / statistics.median(spent[128])
+
+        assert any(ratio() <= 1.2 for _ in range(3))
+
+
+def test_attention_keeps_every_token():
+    lm = make("attention", torch.float32)
+    with torch.no_grad():
+        for length in (1, 20, 300):
+            state = lm.hidden(tokens(2, length))[1]
+            assert len(state) == 3 and all(s.key.shape == s.value.shape == (2, length, 2, 8) for s in state)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+def test_attention_is_its_sum():
+    torch.manual_seed(0)
+    layer, x = Attention(12, headdim=4).double(), torch.randn(2, 7, 12, dtype=torch.float64)
+    place = torch.arange(7).expand(2, 7)
+    q, k, v = layer.in_proj(x).view(2, 7, 3, 3, 4).unbind(2)
+    q, k = rotate(q, place), rotate(k, place)
+    y = torch.zeros(2, 7, 3, 4, dtype=torch.float64)
+    for b, t, h in ((b, t, h) for b in range(2) for t in range(7) for h in range(3)):
+        p = torch.stack([q[b, t, h] @ k[b, s, h] / 2 for s in range(t + 1)]).softmax(0)
+        y[b, t, h] = sum(p[s] * v[b, s, h] for s in range(t + 1))
+    assert rms_error(layer(x), layer.out_proj(y.flatten(2))) < 1e-12
+
+
+def test_rotation_is_a_complex_product():
+    x = torch.randn(2, 5, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    place = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 9, 1000, 16000]])
+    z = torch.complex(x[..., :3], x[..., 3:])
+    angle = place[..., None] * torch.tensor([1., 100. ** (-2 / 6), 100. ** (-4 / 6)], dtype=torch.float64)
+    want = z * torch.polar(torch.ones_like(angle), angle)[:, :, None]
+    assert rms_error(rotate(x, place, base=100.), torch.cat([want.real, want.imag], -1)) < 1e-12
+    assert rotate(x.bfloat16(), place).dtype == torch.bfloat16
+
+
+def test_bfloat16_attention():
+    exact, lm, ids = make("attention"), make("attention", torch.bfloat16), tokens(2, 20)
+    out = lm(ids)
+    assert out.logits.dtype == out.state[0].key.dtype == torch.bfloat16 and lm.hidden(ids)[0].dtype == torch.float32
+    assert rms_error(out.logits, exact(ids).logits) < 0.05
+    with torch.autocast("cpu", torch.bfloat16):
+        single = make("attention", torch.float32)
+        logits, _ = single.step(ids[:, 0], single(ids).state)
+        assert rms_error(logits, exact.step(ids[:, 0], exact(ids).state)[0]) < 0.05
+
+
+@pytest.mark.parametrize("wrong", [dict(headdim=5), dict(headdim=3), dict(headdim=1), dict(headdim=0)])
+def test_impossible_heads(wrong):
+    with pytest.raises(ValueError, match="headdim: got"):
+        MambaLM(MambaConfig(16, 1, V, mixer="attention", mixer_args=wrong))
+
+
+def test_wrong_inputs_of_attention():
+    layer = Attention(16, headdim=8)
+    for x in (torch.zeros(2, 16), torch.zeros(2, 0, 16), torch.zeros(2, 3, 8)):
+        with pytest.raises(ValueError, match="x: got"):
+            layer(x)
+    for mask in (torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 3)):
+        with pytest.raises(ValueError, match="mask: got"):
+            layer(torch.zeros(2, 3, 16), mask=mask)
+
+
+@every
+def test_any_mixer_may_have_an_mlp_or_none(mixer):
+    with_mlp, without = make(mixer, d_intermediate=20), make(mixer, d_intermediate=0)
+    assert with_mlp.backbone.layers[0].mlp.fc1.weight.shape == (40, 16) and without.backbone.layers[0].mlp is None
+    for lm in (with_mlp, without):
+        ids = tokens(2, 6)
+        logits, _ = lm.step(ids[:, 5], lm(ids[:, :5]).state)
+        assert rms_error(logits, lm(ids).logits[:, 5]) < 1e-11
+    block, x = with_mlp.backbone.layers[0], torch.randn(1, 3, 16, dtype=torch.float64)
+    half = x + block.mixer(read_stream(block.norm, x))
+    value, gate = (read_stream(block.norm2, half) @ block.mlp.fc1.weight.T).chunk(2, -1)
+    assert rms_error(block(x)[0], half + (value * gate * torch.sigmoid(gate)) @ block.mlp.fc2.weight.T) < 1e-12
+
+
+def test_initialisation_of_a_transformer():
+    torch.manual_seed(0)
+    for layer in MambaLM(MambaConfig(64, 8, 100, mixer="attention")).backbone.layers:
+        assert layer.mlp.fc2.weight.shape == (64, 176)   # 8/3 of 64, a multiple of 8
+        for projection, fan_in in ((layer.mixer.out_proj, 64), (layer.mlp.fc2, 176)):
+            bound = 1 / math.sqrt(fan_in) / 4            # sqrt(2 * 8 layers)
+            assert 0.98 * bound < projection.weight.abs().max() <= bound
+
+
+# --- prompts of unequal length ---------------------------------------------------------------------------------------
+
+@every
 @pytest.mark.parametrize("side", ["left", "right"])
 @given(lengths=st.lists(st.integers(1, 13), min_size=1, max_size=4), started=st.booleans())
 @few
@@ -227,10 +417,10 @@ def test_each_row_gets_what_it_would_get_alone(mixer, side, lengths, started):
     out, written = lm(ids, mask=mask, state=state), lm.generate(ids, 6, mask=mask, state=state)
     assert torch.equal(written[:, :ids.shape[1]], ids)
     for i, row in enumerate(rows):
-        own = [type(s)(*(part[i:i+1] for part in s)) for s in state] if started else None
+        own = row_of(state, i) if started else None
         alone = lm(row[None], state=own)
         assert rms_error(out.logits[i, mask[i]], alone.logits[0]) < 1e-11
-        assert_states([type(s)(*(part[i:i+1] for part in s)) for s in out.state], alone.state, 1e-11)
+        assert_states(row_of(out.state, i), alone.state, 1e-11)
         assert torch.equal(written[i, -6:], lm.generate(row[None], 6, state=own)[0, -6:])
 
 
@@ -242,7 +432,7 @@ def test_pads_in_between():
     assert torch.equal(lm.generate(spread, 5, mask=mask)[:, 9:], lm.generate(ids, 5)[:, 5:])
 
 
-@both
+@every
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("at_pads", [-100, 3])
 def test_a_row_teaches_what_it_would_teach_alone(mixer, side, at_pads):
@@ -278,7 +468,7 @@ def write_slowly(lm, ids, max_new_tokens, stop_ids):
     return ids[0]
 
 
-@both
+@every
 def test_generation_is_reading_everything_again(mixer):
     lm, ids = make(mixer), tokens(5, 6)
     free = lm.generate(ids, 12)
@@ -294,7 +484,7 @@ def test_generation_is_reading_everything_again(mixer):
     assert got.shape[1] == max(lengths)                 # and the walk ended with the last of them
 
 
-@both
+@every
 def test_how_many_tokens(mixer):
     lm, ids = make(mixer), tokens(2, 4)
     assert torch.equal(lm.generate(ids, 0), ids)
@@ -305,6 +495,100 @@ def test_how_many_tokens(mixer):
     for wrong in (ids[0], ids[:, :0]):
         with pytest.raises(ValueError, match="input_ids: got shape"):
             lm.generate(wrong, 2)
+
+
+@every
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_that_draw_write_what_they_would_alone(mixer, side):
+    lm = make(mixer)
+    rows = [tokens(n, seed=n) for n in (2, 7, 4)]
+    ids, mask = pad(rows, side)
+    how = dict(temperature=1.3, min_p=0.01, repetition_penalty=1.2, stop_ids=[3, 11, 20])
+    seeds = [torch.Generator().manual_seed(i) for i in range(3)]
+    together = lm.generate(ids, 12, mask=mask, generator=seeds, **how)[:, ids.shape[1]:]
+    for i, row in enumerate(rows):
+        alone = lm.generate(row[None], 12, generator=[torch.Generator().manual_seed(i)], **how)[0, len(row):]
+        assert torch.equal(together[i, :len(alone)], alone)
+        assert (together[i, len(alone):] == alone[-1]).all()
+    with pytest.raises(ValueError, match="generator: got 3 for 1 rows"):
+        lm.generate(ids[:1], 2, generator=seeds, **how)
+
+
+def decode(ids):
+    return "".join(chr(97 + i % 26) for i in ids)
+
+
+@every
+def test_stop_strings(mixer):
+    lm, ids = make(mixer), tokens(4, 6)
+    free = lm.generate(ids, 15)
+    texts = [decode(row) for row in free[:, 6:].tolist()]
+    strings = [texts[0][3:6], texts[1][7:9]]             # over three tokens, and over two
+    got = lm.generate(ids, 15, stop_strings=strings, decode=decode, pad_id=1)
+    lengths = []
+    for row, full, text in zip(got[:, 6:], free[:, 6:], texts, strict=True):
+        ends = [text.find(s) + len(s) for s in strings if s in text]
+        n = min(ends, default=15)
+        assert torch.equal(row[:n], full[:n]) and (row[n:] == 1).all()
+        lengths.append(n)
+    assert len(set(lengths)) > 1 and got.shape[1] == 6 + max(lengths)
+    in_prompt = decode(ids[0].tolist())                  # what the prompt says stops nobody
+    assert lm.generate(ids[:1], 3, stop_strings=in_prompt, decode=decode).shape == (1, 9)
+    both_kinds = lm.generate(ids[:1], 15, stop_ids=free[0, 7].item(), stop_strings=strings, decode=decode)
+    assert torch.equal(both_kinds, free[:1, :8])
+
+
+def test_what_fills_a_row_that_is_done():
+    lm, ids = make("mamba"), tokens(3, 4)
+    free = lm.generate(ids, 10)
+    stop = free[0, 5].item()
+    for fill in (None, 0, 7):
+        row = lm.generate(ids, 10, stop, pad_id=fill)[0]
+        n = (free[0, 4:] == stop).nonzero()[0].item() + 5
+        assert torch.equal(row[:n], free[0, :n]) and (row[n:] == (stop if fill is None else fill)).all()
+
+
+@pytest.mark.parametrize("wrong, name", [
+    (dict(stop_ids=[V]), "stop_ids"), (dict(stop_ids=[None]), "stop_ids"), (dict(stop_ids=-1), "stop_ids"),
+    (dict(stop_strings=["a"]), "stop_strings"), (dict(stop_strings=[""], decode=decode), "stop_strings"),
+    (dict(pad_id=V), "pad_id"), (dict(repetition_penalty=0.), "repetition_penalty"), (dict(min_p=-0.1), "min_p"),
+    (dict(temperature=-1.), "temperature, top_k, top_p"), (dict(max_new_tokens=-1), "max_new_tokens"),
+    (dict(mask=torch.zeros(2, 5, dtype=torch.bool)), "mask"), (dict(mask=torch.ones(2, 4, dtype=torch.bool)), "mask"),
+    (dict(mask=torch.ones(2, 5)), "mask"), (dict(input_ids=torch.zeros(2, 0, dtype=torch.long)), "input_ids"),
+    (dict(input_ids=torch.zeros(0, 5, dtype=torch.long)), "input_ids"), (dict(input_ids=torch.zeros(2, 5)), "input_ids"),
+    (dict(input_ids=torch.full((2, 5), V)), "input_ids"), (dict(input_ids=torch.full((2, 5), -1)), "input_ids"),
+    (dict(graph=True), "graph")])
+def test_what_cannot_be_generated(wrong, name):
+    lm = make("mamba")
+    with pytest.raises(ValueError, match=f"^{name}: got") as caught:
+        lm.generate(**dict(input_ids=tokens(2, 5), max_new_tokens=2) | wrong)
+    assert "\n" not in str(caught.value)
+    if name != "graph":                                  # found when the call is made, not when the first token is asked for
+        with pytest.raises(ValueError, match=f"^{name}: got"):
+            lm.stream(**dict(input_ids=tokens(2, 5), max_new_tokens=2) | wrong)
+
+
+def test_ids_out_of_range_are_found_everywhere():
+    lm = make("mamba2")
+    for call in (lambda ids: lm(ids), lambda ids: lm.hidden(ids), lambda ids: lm.step(ids[:, 0], lm(tokens(2, 3)).state)):
+        for wrong in (-1, V, 39):                        # 39 is a row of the padding of the table
+            with pytest.raises(ValueError, match=rf"ids: got numbers from {wrong} to {wrong}, need 0 to {V - 1}"):
+                call(torch.full((2, 4), wrong))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device, and there is none here")
+@both
+def test_captured_steps_are_the_steps(mixer):
+    lm, ids = make(mixer, torch.float32).cuda(), tokens(3, 9).cuda()
+    assert torch.equal(lm.generate(ids, 40, graph=True), lm.generate(ids, 40))
+    state = lm(ids).state
+    fast, kept, slow = GraphedStep(lm, state), state, state
+    for token in tokens(5, 3).cuda():
+        got, kept = fast(token, kept)
+        want, slow = lm.step(token, slow)
+        assert rms_error(got, want) < 1e-5
+    assert_states(kept, slow, 1e-5)
+    assert_states(state, lm(ids).state, 1e-6)            # the state it began with is not touched
 
 
 def test_streaming_is_lazy_and_the_same():
@@ -357,6 +641,63 @@ def test_sampling_draws_from_the_distribution_of_transformers(temperature, top_k
     shares = got.bincount(minlength=12) / n
     assert torch.equal(shares > 0, want > 1e-4), (shares, want)
     assert (shares - want).abs().max() < 5 * math.sqrt(0.25 / n)     # five standard deviations of a share
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p, min_p", [(1., None, 1., 0.1), (1.7, None, 1., 0.3), (0.6, 8, 0.9, 0.05),
+                                                              (1., None, 1., 1.), (2., 5, 0.95, 0.02)])
+def test_drawn_tokens_pass_the_chi_square_test(temperature, top_k, top_p, min_p):
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(3)) - 4.     # all negative: a rule on logits would turn around
+    warpers = [transformers.TemperatureLogitsWarper(temperature)]
+    warpers += [] if top_k is None else [transformers.TopKLogitsWarper(top_k)]
+    warpers += [transformers.TopPLogitsWarper(top_p), transformers.MinPLogitsWarper(min_p)]
+    want = logits
+    for warp in warpers:
+        want = warp(None, want)
+    want = want.softmax(-1)[0]
+    p, ids = kept_probabilities(logits, temperature, top_k, top_p, min_p)
+    torch.testing.assert_close(torch.zeros(12).scatter(0, ids[0, :p.shape[1]], p[0] / p.sum()), want)
+    n = 20000
+    count = choose_token(logits.expand(n, 12), temperature, top_k, top_p, torch.Generator().manual_seed(0), min_p).bincount(minlength=12)
+    assert not count[want == 0].any()
+    possible, expected = count[want > 0], n * want[want > 0]
+    chi_square, freedom = ((possible - expected) ** 2 / expected).sum().item(), len(expected) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 1e-9  # mean and four standard deviations of its distribution
+
+
+def test_every_rule_by_its_definition():
+    probabilities = [0.4, 0.3, 0.2, 0.06, 0.04]
+    logits = torch.tensor([probabilities], dtype=torch.float64).log()[:, [3, 0, 4, 2, 1]]
+
+    def kept(**rule):
+        p, ids = kept_probabilities(logits, **rule)
+        assert p[p > 0].tolist() == pytest.approx([x / sum(probabilities[:rule.get("top_k")]) for x in probabilities[:(p > 0).sum()]])
+        return {probabilities[[3, 0, 4, 2, 1][i]] for i in ids[0, :p.shape[1]][p[0] > 0].tolist()}
+
+    best = [set(probabilities[:n]) for n in range(6)]
+    assert kept() == best[5]
+    assert [kept(top_k=k) for k in (1, 2, 5, 9)] == [best[1], best[2], best[5], best[5]]
+    assert [kept(top_p=p) for p in (0.01, 0.39, 0.41, 0.69, 0.71, 0.9 + 1e-9, 1.)] == [best[n] for n in (1, 1, 2, 2, 3, 4, 5)]
+    assert [kept(min_p=m) for m in (0., 0.09, 0.11, 0.14, 0.16, 0.49, 0.51, 0.74, 0.76, 1.)] == [best[n] for n in (5, 5, 4, 4, 3, 3, 2, 2, 1, 1)]
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3, 3.])
+def test_repetition_penalty_is_that_of_transformers(penalty):
+    ids, logits = tokens(4, 6, seed=5), torch.randn(4, V, generator=torch.Generator().manual_seed(0))
+    want = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
+    assert torch.equal(penalise(logits, seen_tokens(ids, None, V), penalty), want)
+    mask = torch.tensor([True, True, False, False, True, True]).expand(4, 6)
+    want = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids[:, [0, 1, 4, 5]], logits)
+    assert torch.equal(penalise(logits, seen_tokens(ids, mask, V), penalty), want)
+
+
+def test_repetition_penalty_while_writing():
+    theirs, ours = peer("mamba2")
+    ids = tokens(1, 7)
+    want = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=25, do_sample=False, repetition_penalty=1.5)
+    got = ours.generate(ids, 25, repetition_penalty=1.5)
+    assert torch.equal(got, want) and not torch.equal(got, ours.generate(ids, 25))
+    hardly = ours.generate(ids, 20, repetition_penalty=1e6)
+    assert len(set(hardly[0, 7:].tolist()) - set(ids[0].tolist())) == 20
 
 
 def test_sampling_is_repeatable_and_greedy_is_the_default():
@@ -421,7 +762,7 @@ def test_labels_of_another_shape():
 
 # --- inputs, dtypes, initialisation ----------------------------------------------------------------------------------
 
-@both
+@every
 def test_ids_or_embeds(mixer):
     lm, ids = make(mixer), tokens(2, 5)
     got, want = lm(inputs_embeds=lm.embed(ids), labels=ids), lm(ids, labels=ids)
@@ -434,12 +775,12 @@ def test_ids_or_embeds(mixer):
     torch.testing.assert_close(quiet.logits, want.logits, rtol=1e-12, atol=1e-12)
 
 
-@both
+@every
 def test_float64_throughout(mixer):
     lm, ids = make(mixer), tokens(2, 20)
     out = lm(ids, labels=ids)
     logits, state = lm.step(ids[:, 0], out.state)
-    parts = [part for s in (*out.state, *state) for part in s]
+    parts = [part for s in (*out.state, *state) for part in s if part.dtype != torch.bool]
     assert {x.dtype for x in (out.loss, out.logits, logits, *parts)} == {torch.float64}
     single = make(mixer, torch.float32)                 # the same weights: rounded once, so float64 differs by its own digits
     error = rms_error(single(ids).logits, out.logits)
@@ -517,6 +858,6 @@ def test_names_and_ties():
 def test_configuration():
     assert [MambaConfig(pad_vocab_size_multiple=m).padded_vocab_size for m in (1, 8, 16)] == [50277, 50280, 50288]
     assert MambaConfig(vocab_size=48).padded_vocab_size == 48
-    for wrong in (dict(mixer="attention"), dict(n_layer=0), dict(d_model=0), dict(vocab_size=0), dict(pad_vocab_size_multiple=0)):
+    for wrong in (dict(mixer="transformer"), dict(d_intermediate=-1), dict(n_layer=0), dict(d_model=0), dict(vocab_size=0), dict(pad_vocab_size_multiple=0)):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: got"):
             MambaConfig(**wrong)
