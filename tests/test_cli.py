@@ -368,3 +368,30 @@ def test_bench_prefix_writes_a_result(tmp_path, small, make_model, monkeypatch):
     assert [cost["questions"] for cost in result["costs"]] == [1, 4, 8]
     assert all(cost["ratio"] > 0 and cost["repeats"] == 1 for cost in result["costs"])
     assert (result["benchmark"], result["seed"]) == ("prefix", 2) and {"commit", "command", "hardware", "versions", "date"} < set(result)
+
+
+@pytest.mark.parametrize("name", ["scan", "ssd", "block", "directions"])
+def test_bench_writes_what_it_measured(tmp_path, monkeypatch, name):
+    import torch
+
+    from vlmamba_lite import benchmark
+    row = dict(shape=(2, 3), peer="transformers", ratio=12.34)
+    monkeypatch.setattr(benchmark, f"bench_{name}", lambda **given: {"peers": [row], "given": given})
+    threads = torch.get_num_threads()
+    try:
+        said = vlmamba("bench", name, "--output", "sub/cost.json", "--repeats", 3, "--seed", 2, "--threads", 1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert said.code == 0 and "(2, 3): ours 12.3x faster than transformers" in said.out, said
+    result = json.loads(Path("sub/cost.json").read_text())
+    assert result["given"] == {"repeats": 3, "seed": 2} and result["peers"][0]["ratio"] == 12.34
+    assert (result["benchmark"], result["seed"], result["threads"]) == (name, 2, 1) and {"commit", "hardware", "date"} < set(result)
+
+
+def test_bench_without_the_peer(monkeypatch):
+    from vlmamba_lite import benchmark
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    said = vlmamba("bench", "ssd", "--output", "cost.json")
+    assert said.code == 2 and "compares with transformers, which is not installed: pip install transformers" in said.err, said
+    assert not Path("cost.json").exists()

@@ -2,21 +2,9 @@
 import pytest
 import torch
 from scan_cases import cast, draw
-from torch.profiler import ProfilerActivity, profile
 
+from vlmamba_lite.benchmark import peak_bytes
 from vlmamba_lite.scan import selective_scan
-
-
-def peak_bytes(run):
-    "The most bytes that `run` held at once beyond what was there before it, from every allocation PyTorch made."
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        run()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def in_inputs(n, length, channels=64, form=1, **kwargs):

@@ -1,0 +1,115 @@
+"""The measures of chapter 18, and that each benchmark compares programs that compute the same."""
+import json
+import time
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from vlmamba_lite import benchmark
+from vlmamba_lite.benchmark import (
+    bench_block,
+    bench_directions,
+    block_parts,
+    compared,
+    comparison_table,
+    mamba_peer,
+    peak_bytes,
+    read_result,
+    scan_inputs_of,
+    scan_peers,
+    side_by_side,
+    ssd_inputs_of,
+    training_step,
+    whole_step,
+)
+from vlmamba_lite.mamba import Mamba
+from vlmamba_lite.scan import selective_scan
+from vlmamba_lite.ssd import ssd_chunked
+
+
+def test_forms_take_turns_and_fast_ones_run_often():
+    calls = []
+
+    def fast():
+        calls.append("f")
+        time.sleep(0.001)
+
+    def slow():
+        calls.append("s")
+        time.sleep(0.02)
+    times = side_by_side({"fast": fast, "slow": slow}, repeats=3, turn=0.01)
+    assert calls[:2] == ["f", "s"] and "".join(calls[2:]).replace("ff", "f").count("s") == 3
+    assert calls.count("f") >= 3 * 5
+    assert 0.001 <= times["fast"]["wall_seconds"] < 0.01 < 0.02 <= times["slow"]["wall_seconds"] < 0.08
+    assert times["slow"]["cpu_seconds"] < 0.01
+
+
+def test_ratio_says_how_much_faster_the_first_is():
+    times = compared({"ours": lambda: time.sleep(0.002), "theirs": lambda: time.sleep(0.02)}, repeats=3)
+    assert 3 < times["ratio"] < 12
+    assert times["ratio"] == times["theirs"]["wall_seconds"] / times["ours"]["wall_seconds"]
+
+
+def test_training_step_gives_every_gradient():
+    x, y = torch.tensor([2.0]), torch.tensor([3.0])
+    assert [g.item() for g in training_step(lambda a, b: a * a * b, [x, y])()] == [12.0, 4.0]
+    layer = torch.nn.Linear(2, 2)
+    step = whole_step(layer, layer, [torch.ones(1, 2)])
+    step()
+    step()
+    assert_close(layer.weight.grad, torch.ones(2, 2))               # not the sum of two steps
+
+
+def test_memory_of_a_step_is_that_of_its_tensors():
+    x = torch.zeros(1000)
+    assert 4000 <= peak_bytes(lambda: x + 1) < 4200
+    assert peak_bytes(lambda: x.view(10, 100)) == 0
+
+
+@pytest.mark.parametrize("peer", ["transformers", "mambapy"])
+def test_scan_peers_compute_our_scan(peer):
+    pytest.importorskip(peer)
+    inputs = scan_inputs_of((2, 8, 21, 4))
+    for got, want in zip(training_step(scan_peers()[peer], inputs)(), training_step(selective_scan, inputs)()):
+        assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_ssd_and_block_peers_compute_ours():
+    modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    x, dt, A, B, C, D = ssd_inputs_of((2, 70, 4, 8, 16))
+    peer = modeling.mamba2_chunk_scan
+    assert_close(getattr(peer, "__wrapped__", peer)(x, dt, A, B, C, 32, D=D), ssd_chunked(x, dt, A, B, C, D=D), rtol=1e-4, atol=1e-4)
+    torch.manual_seed(0)
+    block, x = Mamba(16), torch.randn(2, 9, 16)
+    assert_close(mamba_peer(block)(x), block(x), rtol=1e-4, atol=1e-5)
+
+
+def test_block_parts_run_and_are_named():
+    torch.manual_seed(0)
+    parts = block_parts(Mamba(8), 1, 5)
+    assert list(parts)[0] == "whole block" and len(parts) == 5
+    for step in parts.values():
+        step()
+
+
+def test_small_benchmarks_hold_what_the_chapter_reads(monkeypatch):
+    monkeypatch.setattr(benchmark, "side_by_side", lambda forms, repeats=1: side_by_side(forms, repeats, turn=1e-4))
+    pytest.importorskip("transformers")
+    result = bench_block(d_model=16, batch=1, length=8, repeats=1)
+    assert result["peers"][0]["ratio"] > 0 and [p["part"] for p in result["parts"]][0] == "whole block"
+    rows = bench_directions(dim=8, grids=((2, 3),), repeats=1)["directions"]
+    assert [(row["grid"], row["shared"]) for row in rows] == [((2, 3), True), ((2, 3), False)]
+    assert all(row["cost"] == 1 / row["ratio"] for row in rows)
+
+
+def test_table_and_missing_results(tmp_path, monkeypatch):
+    assert comparison_table([{"a": 1}, {"a": 2}], {"twice": lambda r: 2 * r["a"]}) == "| twice |\n|---|\n| 2 |\n| 4 |"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="data/results/none.json: not found here or in a folder above"):
+        read_result("none.json")
+    (tmp_path / "data" / "results").mkdir(parents=True)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "data" / "results" / "some.json").write_text(json.dumps({"x": 1}))
+    monkeypatch.chdir(tmp_path / "deep")
+    assert read_result("some.json") == {"x": 1}
