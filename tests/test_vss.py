@@ -380,6 +380,17 @@ def test_ss2d_has_vmambas_parameters_and_starts_as_mamba_does():
     assert sum(p.numel() for p in module.parameters()) == sum(math.prod(s) for s in shapes.values())
 
 
+@pytest.mark.parametrize("size", [(7, 7), (1, 13), (24, 24), (27, 27), (27, 30)])
+@pytest.mark.parametrize("make", [lambda: VSS(8, "csm", d_state=4), lambda: VSS(8, shared=False, d_state=4), lambda: VMambaBlock(8, d_state=4)],
+                         ids=["shared", "own", "vmamba"])
+def test_any_grid_in_single_and_half_precision(make, size):
+    torch.manual_seed(0)
+    module, x = make(), torch.randn(2, size[0] * size[1], 8)
+    with torch.no_grad():
+        y, half = module(x, size), module.bfloat16()(x.bfloat16(), size)
+    assert y.shape == x.shape and y.isfinite().all() and half.dtype == torch.bfloat16 and rms_error(half, y) < 0.03
+
+
 def test_vmamba_block_is_residual():
     block, x = VMambaBlock(8), torch.randn(1, 6, 8)
     torch.testing.assert_close(block(x, (2, 3)), x + block.op(torch.nn.functional.layer_norm(x, (8,)), (2, 3)))
