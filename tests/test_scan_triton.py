@@ -1,0 +1,75 @@
+"""The Triton kernels without a GPU: run by the interpreter, and counted in the machine code for sm_90; each in a process of its own."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+HERE = Path(__file__).resolve().parent
+
+
+def python(*command, folder, **variables):
+    "Runs Python beside this process, with no variable of Triton but those given; returns what it prints."
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON", "PYTEST"))}
+    env |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", **variables}
+    run = subprocess.run([sys.executable, *command], cwd=HERE, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-3000:]
+    return run.stdout
+
+
+def test_interpreted(tmp_path):
+    out = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "triton_interpreted.py", folder=tmp_path, TRITON_INTERPRET="1")
+    assert " passed" in out and "skipped" not in out and "failed" not in out
+
+
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory):
+    "Instruction counts of the kernels a bar is set for, compiled here and now."
+    names = ["forward", "forward, channels fastest", "forward, all options", "backward", "backward, channels fastest"]
+    code = f"import json; from vlmamba_lite.scan_triton import static_counts; print(json.dumps(static_counts({names})))"
+    found = json.loads(python("-c", code, folder=tmp_path_factory.mktemp("triton")))
+    return {c["name"]: c for c in found}
+
+
+def test_forward_is_lean(counts):
+    "Seven instructions for each (channel, step, state entry), one of them the exponential; nothing spilled, nobody waits."
+    assert counts["forward"]["instructions"] <= 7
+    assert counts["forward"]["exponentials"] == 1
+    for name in ("forward", "forward, channels fastest", "forward, all options"):
+        c = counts[name]
+        assert c["spilled"] == c["spills"] == c["shuffles"] == c["barriers"] == 0, c
+    assert counts["forward, channels fastest"]["instructions"] <= 8
+    assert counts["forward, all options"]["instructions"] <= 9
+
+
+def test_backward_is_lean(counts):
+    for name in ("backward", "backward, channels fastest"):
+        c = counts[name]
+        assert c["instructions"] <= 36 and c["spilled"] == c["spills"] == 0, c
+        assert 2 <= c["exponentials"] < 2.1
+
+
+def test_recorded_counts_are_those_of_this_code(counts):
+    "The table of chapter 03 is not of another day. Versions of the compiler differ a little."
+    recorded = json.loads((HERE.parent / "data" / "results" / "kernels_static.json").read_text())["static"]
+    for c in recorded:
+        if c["name"] in counts:
+            assert abs(c["instructions"] / counts[c["name"]]["instructions"] - 1) < 0.1, c
+
+
+def test_without_gpu_and_interpreter_it_says_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    code = "import torch; from vlmamba_lite.scan_triton import *; o = torch.ones(1, 1, 1)\n" \
+           "try: selective_scan_triton(o, o, -o[0], o[0], o[0])\nexcept RuntimeError as e: print(e)"
+    assert python("-c", code, folder=tmp_path).startswith("backend 'triton': needs a CUDA GPU, and torch sees none")
+
+
+def test_segments_are_a_plain_function_of_the_shape(tmp_path):
+    code = "import json; from vlmamba_lite.scan_triton import scan_segments as s; " \
+           "print(json.dumps([s(1024, 2048), s(160, 2048), s(160, 200), s(48, 16384), s(1, 10 ** 6), s(1, 1)]))"
+    assert json.loads(python("-c", code, folder=tmp_path)) == [1, 6, 1, 22, 1056, 1]
