@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .mamba import RecurrentBlock, causal_conv1d, conv_step, init_dt_bias, next_window, no_weight_decay
 from .scan_reference import scan_dtype
-from .ssd import per_head, prepare_dt, ssd_chunked
+from .ssd import per_head, prepare_dt, ssd
 
 # %% ../nbs/09_mamba2.ipynb #418ad03e
 def split_projection(block, zxbcdt):
@@ -83,8 +83,10 @@ class Mamba2Weights(Mamba2Sizes):
     "The parameters of a Mamba-2 block, with the names, shapes and first values of the official layer."
 
     def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1, A_init_range=(1, 16), dt_min=1e-3, dt_max=0.1,
-                 dt_init_floor=1e-4, dt_limit=(0., math.inf), norm_before_gate=False, bias=False, conv_bias=True, chunk_size=256):
+                 dt_init_floor=1e-4, dt_limit=(0., math.inf), norm_before_gate=False, bias=False, conv_bias=True, chunk_size=256,
+                 backend="auto", conv_backend="auto"):
         super().__init__(d_model, d_state, d_conv, expand, headdim, ngroups, dt_limit, chunk_size)
+        self.backend, self.conv_backend = backend, conv_backend
         self.in_proj = nn.Linear(d_model, self.d_inner + self.conv_dim + self.nheads, bias=bias)     # z, xBC, dt
         self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, d_conv, groups=self.conv_dim, bias=conv_bias)
         self.dt_bias = nn.Parameter(init_dt_bias(self.nheads, dt_min, dt_max, dt_init_floor))
@@ -104,12 +106,12 @@ def ssd_constants(block, dt):
 def run_ssd(block, xBC, dt, state, real, return_state):
     "Convolution and SSD: xBC (B, L, conv_dim), raw step sizes dt (B, L, H) -> y (B, L, d_inner), the state after it or None."
     window, h = state or (None, None)
-    xBC, seen = causal_conv1d(xBC, block.conv1d.weight, block.conv1d.bias, window)
+    xBC, seen = causal_conv1d(xBC, block.conv1d.weight, block.conv1d.bias, window, block.conv_backend)
     x, B, C = split_heads(block, F.silu(xBC))
     A, D, dt = ssd_constants(block, dt)
     if real is not None:
         dt = dt * real[..., None]                                        # a pad takes a step of no length
-    y = ssd_chunked(x, dt, A, B, C, chunk_size=block.chunk_size, D=D, initial_states=h, return_final_states=return_state)
+    y = ssd(x, dt, A, B, C, chunk_size=block.chunk_size, D=D, initial_states=h, return_final_states=return_state, backend=block.backend)
     if not return_state:
         return y.flatten(-2), None
     return y[0].flatten(-2), Mamba2State(next_window(seen, block.d_conv, None if real is None else real.sum(1)), y[1])

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['check_ssd_inputs', 'prepare_dt', 'per_head', 'recurrent_form', 'segment_sum', 'split_sum', 'decay_matrix',
            'quadratic_form', 'to_chunks', 'within_chunks', 'write_states', 'carry_states', 'read_states',
-           'chunked_form', 'in_full_precision', 'run_form', 'ssd_recurrent', 'ssd_quadratic', 'ssd_chunked']
+           'chunked_form', 'in_full_precision', 'run_form', 'ssd_recurrent', 'ssd_quadratic', 'ssd_chunked',
+           'ssd_backends', 'ssd']
 
 # %% ../nbs/08_ssd.ipynb #2dc56f9d
 import functools
+import importlib
 import math
 
 import torch
@@ -212,3 +214,52 @@ def ssd_chunked(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=None,
     form = functools.partial(chunked_form, chunk_size=chunk_size, first=initial_states is not None, last=return_final_states)
     y, h = run_form(form, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_states)
     return (y, h) if return_final_states else y
+
+# %% ../nbs/08_ssd.ipynb #7d40cd91
+def _without_mamba_ssm():
+    "None if the official SSD can run here, else the reason why not."
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU, and torch sees none"
+    try:
+        importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    except Exception as error:                  # a wheel built for another torch fails with OSError or RuntimeError, too
+        return f"mamba_ssm does not import ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+
+
+def _ssd_mamba_ssm(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=None, **options):
+    "The official `mamba_chunk_scan_combined`, with our checks."
+    check_ssd_inputs(x, dt, A, B, C, D, z, dt_bias, options["initial_states"])
+    if x.device.type != "cuda" or x.dtype == torch.float64:
+        raise RuntimeError(f"backend 'mamba_ssm': got {x.dtype} on {x.device.type}, needs float32, bfloat16 or float16 on cuda")
+    scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    A, D, dt_bias = (None if i is None else i.float() for i in (A, D, dt_bias))
+    return scan(x, dt, A, B, C, chunk_size, D=D, z=z, dt_bias=dt_bias, **options)
+
+# %% ../nbs/08_ssd.ipynb #30951c4f
+_SSD_BACKENDS = {                               # name: (the form, what keeps it from running here: None or a reason)
+    "recurrent": (ssd_recurrent, lambda: None),
+    "quadratic": (ssd_quadratic, lambda: None),
+    "chunked": (ssd_chunked, lambda: None),
+    "mamba_ssm": (_ssd_mamba_ssm, _without_mamba_ssm),
+}
+
+
+def ssd_backends():
+    "The forms of SSD by name: None beside each that runs here, else the reason why it does not."
+    return {name: reason() for name, (_, reason) in _SSD_BACKENDS.items()}
+
+# %% ../nbs/08_ssd.ipynb #a8b63cd2
+def ssd(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0., math.inf),
+        initial_states=None, return_final_states=False, backend="auto"):
+    """SSD by the form called `backend`, one of `ssd_backends()`; "auto" is "chunked". Arguments and results as in `ssd_chunked`.
+
+    Raises `ValueError` for arguments that do not fit and `RuntimeError` for a backend that cannot run.
+    """
+    name = "chunked" if backend == "auto" else backend
+    if name not in _SSD_BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, need 'auto' or one of {', '.join(map(repr, _SSD_BACKENDS))}")
+    form, reason = _SSD_BACKENDS[name]
+    if why := reason():
+        raise RuntimeError(f"backend {name!r} cannot run here: {why}")
+    return form(x, dt, A, B, C, chunk_size=chunk_size, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
+                initial_states=initial_states, return_final_states=return_final_states)
