@@ -156,10 +156,12 @@ def test_dtype_and_device(layout, dtype, tmp_path):
 def test_weights_do_not_share_memory_with_the_files(layout, tmp_path):
     write_original(tmp_path / "original", write_peer(tmp_path / "hf", "mamba2", tie_word_embeddings=True))
     ours = from_pretrained(tmp_path / layout)
-    with torch.no_grad():
-        for p in ours.parameters():
-            p.zero_()
-    assert any(p.any() for p in from_pretrained(tmp_path / layout).parameters())
+    want = [p.detach().clone() for p in ours.parameters()]
+    file = tmp_path / layout / {"hf": "model.safetensors", "original": "pytorch_model.bin"}[layout]
+    size = file.stat().st_size
+    with file.open("r+b") as f:                          # the file is written over in place: the model must not notice
+        f.write(bytes(size))
+    assert all(map(torch.equal, ours.parameters(), want))
 
 
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])
@@ -232,6 +234,18 @@ def test_published_configurations():
     c = published_config(codestral)
     assert (c.d_model, c.vocab_size, c.tie_embeddings, c.mixer_args["ngroups"]) == (4096, 32768, False, 8)
     assert c.mixer_args["dt_limit"] == (0., math.inf)
+
+
+def test_a_configuration_with_words_of_both_layouts():
+    "That of mamba-130m-hf holds the original fields too, no word on ties, and many that say nothing about the model."
+    fields = {"architectures": ["MambaForCausalLM"], "model_type": "mamba", "d_model": 768, "d_inner": 1536, "n_layer": 24, "ssm_cfg": {},
+              "hidden_size": 768, "num_hidden_layers": 24, "state_size": 16, "intermediate_size": 1536, "expand": 2, "conv_kernel": 4,
+              "time_step_rank": 48, "vocab_size": 50280, "pad_vocab_size_multiple": 8, "rms_norm": True, "fused_add_norm": True,
+              "hidden_act": "silu", "layer_norm_epsilon": 1e-05, "residual_in_fp32": True, "use_bias": False, "use_conv_bias": True}
+    c = published_config(fields, vocab_size=50277)
+    assert (c.mixer, c.d_model, c.n_layer, c.vocab_size, c.padded_vocab_size, c.tie_embeddings) == ("mamba", 768, 24, 50277, 50280, True)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in MambaLM(c).parameters()) == 129_135_360
 
 
 @pytest.mark.parametrize("limit, want", [([0.0, {"__float__": "Infinity"}], (0., math.inf)), ([0.0, math.inf], (0., math.inf)), ([0.1, 2], (0.1, 2.))])

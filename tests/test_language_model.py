@@ -2,6 +2,7 @@
 import math
 import statistics
 import time
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -403,6 +404,15 @@ def test_initialisation_of_a_transformer():
             assert 0.98 * bound < projection.weight.abs().max() <= bound
 
 
+def test_a_state_of_another_mixer_is_named():
+    ids, kinds = tokens(2, 4), {"mamba": "MambaState", "mamba2": "Mamba2State", "attention": "AttentionState"}
+    states = {mixer: make(mixer)(ids).state for mixer in kinds}
+    for mixer, other in ((m, o) for m in kinds for o in kinds if m != o):
+        for call in (lambda s: make(mixer)(ids, state=s), lambda s: make(mixer).step(ids[:, 0], s)):
+            with pytest.raises(ValueError, match=f"state: got {kinds[other]} in each layer, need {kinds[mixer]}"):
+                call(states[other])
+
+
 # --- prompts of unequal length ---------------------------------------------------------------------------------------
 
 @every
@@ -574,6 +584,31 @@ def test_ids_out_of_range_are_found_everywhere():
         for wrong in (-1, V, 39):                        # 39 is a row of the padding of the table
             with pytest.raises(ValueError, match=rf"ids: got numbers from {wrong} to {wrong}, need 0 to {V - 1}"):
                 call(torch.full((2, 4), wrong))
+
+
+@both
+def test_what_surrounds_a_captured_step(mixer, monkeypatch):
+    "All of `GraphedStep` but the capture, which needs CUDA and is played here by a function that runs again."
+    def capture_on_cpu(run, device):
+        result = run()
+        return SimpleNamespace(replay=lambda: result.copy_(run())), result
+
+    monkeypatch.setattr("vlmamba_lite.language_model.capture", capture_on_cpu)
+    monkeypatch.setattr("vlmamba_lite.language_model.check_graph", lambda lm, device: None)
+    lm, ids = make(mixer), tokens(3, 9)
+    assert torch.equal(lm.generate(ids, 30, graph=True), lm.generate(ids, 30))
+    before = lm(ids).state
+    kept = clone_state(before)
+    fast, other = GraphedStep(lm, before), lm(tokens(3, 4)).state
+    for state in (before, other, before):               # a state may be handed in anew at any time
+        token = ids[:, 0]
+        got, after = fast(token, state)
+        want, expected = lm.step(token, state)
+        assert rms_error(got, want) < 1e-12
+        assert_states(after, expected, 1e-12)
+        got, _ = fast(ids[:, 1], after)
+        assert rms_error(got, lm.step(ids[:, 1], expected)[0]) < 1e-12
+    assert_states(before, kept, 1e-15)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device, and there is none here")

@@ -6,10 +6,10 @@
 __all__ = ['MIXERS', 'MambaConfig', 'add_float32', 'read_stream', 'make_mixer', 'SwiGLU', 'BlockParts', 'Block', 'init_backbone',
            'run_layers', 'step_layers', 'Backbone', 'MambaLMBase', 'real_labels', 'next_token_loss', 'check_ids',
            'LMOutput', 'ReadMixin', 'repeat_state', 'write_atomically', 'naming', 'clone_state', 'save_state',
-           'load_state', 'last_token', 'StepMixin', 'rotate', 'AttentionState', 'attend', 'AttentionWeights',
-           'run_attention', 'Attention', 'check_sampling', 'kept_probabilities', 'draw', 'choose_token', 'seen_tokens',
-           'penalise', 'check_stops', 'Stop', 'check_prompt', 'walk', 'GenerateMixin', 'copy_state', 'capture',
-           'check_graph', 'GraphedStep', 'replay', 'PretrainedMixin', 'MambaLM']
+           'load_state', 'last_token', 'StepMixin', 'rotate', 'AttentionState', 'seen_places', 'attend',
+           'AttentionWeights', 'run_attention', 'Attention', 'check_sampling', 'kept_probabilities', 'draw',
+           'choose_token', 'seen_tokens', 'penalise', 'check_stops', 'Stop', 'check_prompt', 'walk', 'GenerateMixin',
+           'copy_state', 'capture', 'check_graph', 'GraphedStep', 'replay', 'PretrainedMixin', 'MambaLM']
 
 # %% ../nbs/11_language_model.ipynb #ed4ea886
 import math
@@ -251,10 +251,13 @@ def _check_inputs(input_ids, inputs_embeds, vocab_size):
     if input_ids is not None and not input_ids.is_meta:
         check_ids(input_ids, vocab_size)
 
-
+# %% ../nbs/11_language_model.ipynb #da9be2a0
 def _check_state(state, layers, rows):
-    if state is not None and len(state) != layers:
-        raise ValueError(f"state: got {len(state)} layers, need {layers}")
+    if state is not None and len(state) != len(layers):
+        raise ValueError(f"state: got {len(state)} layers, need {len(layers)}")
+    need = layers[0].mixer.state_type
+    if state is not None and not isinstance(state[0], need):
+        raise ValueError(f"state: got {type(state[0]).__name__} in each layer, need {need.__name__}")
     if state is not None and len(state[0][0]) != rows:
         raise ValueError(f"state: got {len(state[0][0])} rows, need {rows} as the input has")
 
@@ -273,7 +276,7 @@ class ReadMixin:
         "Arguments as `forward` -> the stream (B, L, d_model) that `head` takes, and the state."
         _check_inputs(input_ids, inputs_embeds, self.config.vocab_size)
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
-        _check_state(state, len(self.backbone.layers), len(x))
+        _check_state(state, self.backbone.layers, len(x))
         return self.backbone(x, state, mask, return_state)
 
     def forward(self, input_ids=None, inputs_embeds=None, mask=None, state=None, labels=None, return_state=True):
@@ -366,7 +369,7 @@ class StepMixin:
         "One token a row: ids (B,), state (None before the first token) -> logits (B, vocab_size), state."
         if state is None:
             return self.read_prompt(ids[:, None])
-        _check_step(ids, state, len(self.backbone.layers), self.config.vocab_size)
+        _check_step(ids, state, self.backbone.layers, self.config.vocab_size)
         x, state = self.backbone.step(self.embed(ids), state)
         return self.head(x), state
 
@@ -386,15 +389,18 @@ class AttentionState(NamedTuple):
     value: Tensor
     real: Tensor
 
+# %% ../nbs/11_language_model.ipynb #d193dd97
+def seen_places(state, L):
+    "Which of the T tokens of a state each of its last L sees: (B, 1, L, T) bool. Those before it that are real, and itself."
+    T, device = state.key.shape[1], state.key.device
+    query, key = torch.arange(T - L, T, device=device)[:, None], torch.arange(T, device=device)
+    return (key < query) & state.real[:, None, None] | (key == query)
 
-def attend(q, state):
-    "Causal attention of the last L tokens of a state, whose queries are q (B, L, H, P) -> like q. Pads are not looked at."
-    L, T = q.shape[1], state.key.shape[1]
-    here = torch.eye(T, dtype=torch.bool, device=q.device)[T - L:]       # (L, T): a token itself
-    before = torch.ones(L, T, dtype=torch.bool, device=q.device).tril(T - L)
-    seen = before & state.real[:, None, None] | here                     # (B, 1, L, T)
+
+def attend(q, state, seen=None):
+    "Attention of q (B, L, H, P), the last tokens of a state, to what they see: (B, 1, L, T), or without it all before. Like q."
     q, k, v = (i.transpose(1, 2) for i in (q, state.key.to(q.dtype), state.value.to(q.dtype)))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None).transpose(1, 2)
 
 # %% ../nbs/11_language_model.ipynb #1f636b96
 class AttentionWeights(nn.Module):
@@ -422,8 +428,9 @@ def run_attention(layer, x, state, mask):
     place = state.real.sum(1, keepdim=True) + real.cumsum(1) - 1         # (B, L), pads not counted
     q, k, v = layer.in_proj(x).unflatten(-1, (3, layer.nheads, -1)).unbind(2)         # (B, L, H, P) each
     q, k = (rotate(i, place, layer.rope_base) for i in (q, k))
+    fresh = mask is None and not state.key.shape[1]      # a whole text without pads needs no table of who sees whom
     state = AttentionState(*(torch.cat(pair, 1) for pair in zip(state, (k, v, real), strict=True)))
-    y = layer.out_proj(attend(q, state).flatten(2))
+    y = layer.out_proj(attend(q, state, None if fresh else seen_places(state, x.shape[1])).flatten(2))
     return y if mask is None else y.masked_fill(~mask[..., None], 0), state
 
 # %% ../nbs/11_language_model.ipynb #ef9d87bc
