@@ -108,3 +108,52 @@ def test_tokenizers_from_files(tmp_path):
         D.open_tokenizer(tmp_path / "bad.json")
     with pytest.raises(FileNotFoundError, match="tokenizer: no file"):
         D.open_tokenizer(tmp_path / "none")
+
+
+# ---- the command ----
+
+def vlmamba(*arguments):
+    from typer.testing import CliRunner
+
+    from vlmamba_lite.cli import app
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_the_command_prints_a_table_and_fails_where_the_data_does(folder):
+    said = vlmamba("data", "check", folder / "chat.json")
+    assert said.exit_code == 1 and said.stdout == D.report_table(D.check_data(D.open_data(folder / "chat.json"))) + "\n"
+    (folder / "good.json").write_text(json.dumps([record(i) for i in range(3)]))
+    said = vlmamba("data", "check", folder / "good.json")
+    assert said.exit_code == 0 and "usable" in said.stdout
+
+
+def test_the_command_prints_json(folder):
+    said = vlmamba("data", "check", folder / "chat.json", "--json", "--template", "llava", "--max-length", 150, "--limit", 6, "--root", folder)
+    assert said.exit_code == 1 and said.stdout.count("\n") == 1
+    assert json.loads(said.stdout) == D.check_data(D.open_data(folder / "chat.json"), template="llava", max_length=150, limit=6)
+    D.build_tokenizer(["what is it?", "a circle"]).save(str(folder / "tokenizer.json"))
+    said = vlmamba("data", "check", folder / "chat.json", "--json", "--tokenizer", folder, "--template", "lite", "--limit", 1)
+    assert said.exit_code == 0 and json.loads(said.stdout)["tokens"]["most"] == 7
+
+
+@pytest.mark.parametrize("arguments", [("no.json",), ("a.png",), ("chat.json", "--template", "x"), ("chat.json", "--tokenizer", "no"), ("bad.json",)])
+def test_mistakes_are_one_line(folder, arguments, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    (folder / "bad.json").write_bytes(b"[\xff]")
+    said = vlmamba("data", "check", *arguments)
+    assert said.exit_code == 2 and said.stdout == "" and (said.stderr + capfd.readouterr().err).startswith("vlmamba: ")
+    assert vlmamba("data", "check", "chat.json", "--limit", 0).exit_code == 2 and vlmamba("data").exit_code in (0, 2)
+
+
+def test_names_cannot_steer_a_terminal(folder):
+    (folder / "x.json").write_text(json.dumps([{"id": "\x1b[2J\n9", "conversations": [HUMAN]}]))
+    said = vlmamba("data", "check", folder / "x.json").stdout
+    assert "\x1b" not in said and "(id ?[2J?9)" in said
+
+
+def test_bench_loader_writes_a_result(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = vlmamba("bench", "loader", "--steps", 2)
+    result = json.loads((tmp_path / "data" / "results" / "bench_loader.json").read_text())
+    assert said.exit_code == 0 and f"{result['times_faster']}x faster than training" in said.stdout
+    assert result["times_faster"] == pytest.approx(result["per_second"]["batches"] * result["step_seconds"], rel=0.1)

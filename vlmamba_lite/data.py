@@ -768,7 +768,8 @@ def read_position(data, i):
     if isinstance(record, SampleError):
         raise record
     own = record.get(data.columns.get("name")) if isinstance(record, dict) else None
-    sample = sample if own is None else f"{sample} (id {str(own)[:40]})"
+    if own is not None:
+        sample += f" (id {''.join(c if c.isprintable() else '?' for c in str(own)[:40])})"       # it may hold anything
     if i in data.repeated:
         raise fault(sample, "duplicate", "its id has come before")
     return read_record(record, data.columns, sample, data.root)
@@ -1157,10 +1158,13 @@ class Mixture:
             raise ValueError(f"sets, weights: got sizes {[len(d) for d in sets]} and {weights.tolist()}, need a positive weight for each set")
         self.sets, self.share, self.seed = list(sets), weights / weights.sum(), seed
         self.before, self.orders = [np.zeros(len(sets), int)], {}         # draws of each set before a block; the permutations in use
+        self.last = None, None                                            # a block and what was drawn in it
 
     def block(self, number):
         "The sets of `BLOCK` positions."
-        return np.random.default_rng((self.seed, 0, number)).choice(len(self.sets), self.BLOCK, p=self.share)
+        if self.last[0] != number:
+            self.last = number, np.random.default_rng((self.seed, 0, number)).choice(len(self.sets), self.BLOCK, p=self.share)
+        return self.last[1]
 
 # %% ../nbs/14_data.ipynb #ce179683
 def _drawn_before(mixture, block):
