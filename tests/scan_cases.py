@@ -4,7 +4,7 @@ import torch
 from vlmamba_lite.scan import backends
 
 REFERENCE = "reference"
-OURS = [name for name, reason in backends().items() if reason is None and name != "mamba_ssm"]     # those of this library that run here
+OURS = [name for name, reason in backends().items() if reason is None and name not in ("triton", "mamba_ssm")]     # plain PyTorch or C++, in float64 too
 FAST = [name for name in OURS if name != REFERENCE]
 DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 

@@ -73,3 +73,44 @@ def test_segments_are_a_plain_function_of_the_shape(tmp_path):
     code = "import json; from vlmamba_lite.scan_triton import scan_segments as s; " \
            "print(json.dumps([s(1024, 2048), s(160, 2048), s(160, 200), s(48, 16384), s(1, 10 ** 6), s(1, 1)]))"
     assert json.loads(python("-c", code, folder=tmp_path)) == [1, 6, 1, 22, 1056, 1]
+
+
+# --- behind the one door ------------------------------------------------------------------------------------------------
+
+def test_the_door_says_why_not():
+    from vlmamba_lite.scan import backends, selective_scan
+    o = torch.ones(1, 1, 1)
+    if torch.cuda.is_available():
+        assert backends()["triton"] is None
+    else:
+        assert backends()["triton"] == "needs a CUDA GPU, and torch sees none"
+        with pytest.raises(RuntimeError, match="^backend 'triton' cannot run here: needs a CUDA GPU"):
+            selective_scan(o, o, -o[0], o[0], o[0], backend="triton")
+
+
+def test_the_library_works_without_triton(tmp_path):
+    code = "import sys; sys.modules['triton'] = None\nimport torch; torch.cuda.is_available = lambda: True\n" \
+           "from vlmamba_lite.scan import backends, selective_scan\no = torch.ones(1, 1, 1)\n" \
+           "print(backends()['triton'], selective_scan(o, o, -o[0], o[0], o[0]).item())"
+    assert python("-c", code, folder=tmp_path).startswith("triton does not import (ModuleNotFoundError: ")
+
+
+def test_the_door_takes_triton_for_cuda_tensors(monkeypatch):
+    from vlmamba_lite import scan
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    def choice(dtype=torch.float32, n=16):
+        return scan._automatic(torch.ones(1, 1, 1, dtype=dtype).as_subclass(OnCuda), torch.ones(1, n))
+
+    monkeypatch.setattr(scan, "_without_triton", lambda: None)
+    assert choice() == choice(torch.bfloat16) == "triton"
+    assert choice(torch.float64) == choice(n=257) == scan._automatic(torch.ones(1, 1, 1), torch.ones(1, 16)) == "chunked"
+    monkeypatch.setattr(scan, "_without_triton", lambda: "no")
+    assert choice() == "chunked"
+
+
+def test_bench_kernels_refuses_names_it_does_not_know(tmp_path):
+    code = "from vlmamba_lite.scan_triton import *\ntry: bench_kernels(['7b', '8c'])\nexcept ValueError as e: print(e)"
+    assert python("-c", code, folder=tmp_path).startswith("bench_kernels: got '8c', need one of '130m', ")

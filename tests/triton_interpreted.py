@@ -198,3 +198,11 @@ def test_what_it_cannot_do():
     (g,) = torch.autograd.grad(selective_scan_triton(**args).pow(2).sum(), args["u"], create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         g.sum().backward()
+
+
+def test_behind_the_one_door():
+    from vlmamba_lite.scan import backends, selective_scan
+    args = cast(draw(1, 3, 2, 2), torch.float32)
+    assert backends()["triton"] is None
+    assert torch.equal(selective_scan(**args, backend="triton"), selective_scan_triton(**args))
+    assert rms_error(selective_scan(**args), selective_scan_triton(**args)) < 1e-6

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['console', 'app', 'bench', 'Output', 'Repeats', 'Seed', 'Threads', 'sets', 'Mistakes', 'ask', 'run_folder',
            'pick_device', 'prepare', 'TrainingBar', 'finish', 'print_result', 'run_training', 'train', 'bench_prefix',
-           'record', 'bench_scan', 'bench_ssd', 'bench_block', 'bench_directions', 'main', 'data_check', 'bench_loader',
-           'step_seconds']
+           'record', 'bench_scan', 'bench_ssd', 'bench_block', 'bench_directions', 'bench_scaling', 'kernel_table',
+           'bench_kernels', 'main', 'data_check', 'bench_loader', 'step_seconds']
 
 # %% ../nbs/20_command_line.ipynb #193102e3
 import json
@@ -247,6 +247,46 @@ def bench_block(output: Output = None, repeats: Repeats = 5, seed: Seed = 0, thr
 def bench_directions(output: Output = None, repeats: Repeats = 5, seed: Seed = 0, threads: Threads = 2):
     "A VSS layer with four directions against one layer on a sequence four times as long."
     record("directions", output, threads, repeats=repeats, seed=seed)
+
+
+@bench.command("scaling")
+def bench_scaling(output: Output = None, repeats: Repeats = 3, seed: Seed = 0, threads: Threads = 2):
+    "Mamba, Mamba-2 and attention of one size, reading up to 65,536 tokens and writing one more."
+    record("scaling", output, threads, repeats=repeats, seed=seed)
+
+# %% ../nbs/20_command_line.ipynb #f19740c3
+def kernel_table(result):
+    "The result of `bench kernels` as a table: times in ms where there are any, else counts for each state entry."
+    table = Table("kernel", *(("forward", "saving", "backward", "both", "of the floor", "error") if "times" in result else
+                              ("instructions", "registers", "spilled", "shuffles", "barriers")))
+    for line in result.get("times", []):
+        for name in ("ours", "mamba_ssm"):
+            if name in line:
+                times = (f"{line[name][k][0]:.3f}" for k in ("forward", "forward_saving", "backward", "both"))
+                table.add_row(f"{line['name']}, {line['case']}, {line['dtype']}, {name}", *times,
+                              f"{100 * line[name]['of_the_floor']:.0f} %", f"{line[name]['error']['rms']:.1e}")
+    for c in [] if "times" in result else result["static"]:
+        table.add_row(c["name"], f"{c['instructions']:.1f}", str(c["registers"]), str(c["spilled"]), f"{c['shuffles']:.2f}", f"{c['barriers']:.2f}")
+    return table
+
+# %% ../nbs/20_command_line.ipynb #afc0ff67
+@bench.command("kernels")
+def bench_kernels(output: Annotated[Path | None, typer.Option(
+        help="the result file  [default: data/results/kernels_static.json, on a GPU kernels_gpu.json]")] = None,
+        shape: Annotated[list[str] | None, typer.Option(help="only these shapes; may be repeated")] = None,
+        case: Annotated[list[str] | None, typer.Option(help="only these cases: bare, D, all; may be repeated")] = None):
+    "The fused Triton kernels: times and errors on a GPU, instruction counts without one."
+    with Mistakes():
+        import importlib.util
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError("bench kernels needs triton, which is not installed")
+        from vlmamba_lite import scan_triton
+        from vlmamba_lite.training import write_result
+        result = scan_triton.bench_kernels(shape, case)
+        path = output or Path("data/results") / f"kernels_{'gpu' if 'times' in result else 'static'}.json"
+        write_result(path, benchmark="kernels", **result)
+    console.print(kernel_table(result))
+    console.print(f"the result is in {path}", soft_wrap=True, markup=False)
 
 # %% ../nbs/20_command_line.ipynb #ef2c3b62
 def _version(show: bool):

@@ -7,6 +7,7 @@ __all__ = ['backends', 'selective_scan', 'plot_scan_costs']
 
 # %% ../nbs/04_scan.ipynb #856ed061
 import importlib
+import os
 
 import torch
 
@@ -51,6 +52,22 @@ def _selective_scan_mamba_ssm(u, delta, A, B, C, D=None, z=None, delta_bias=None
     scan = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
     return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
+# %% ../nbs/04_scan.ipynb #c5de31c2
+def _without_triton():
+    "None if the Triton kernel can run here, else the reason why not."
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs a CUDA GPU, and torch sees none"
+    try:
+        from vlmamba_lite.scan_triton import without_triton
+    except Exception as error:                  # a Triton of another torch, or for another system
+        return f"triton does not import ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    return without_triton()
+
+
+def _selective_scan_triton(*args):
+    from vlmamba_lite.scan_triton import selective_scan_triton
+    return selective_scan_triton(*args)
+
 # %% ../nbs/04_scan.ipynb #1299ee4e
 _BACKENDS = {                                   # name: (the scan, what keeps it from running here: None or a reason)
     "reference": (selective_scan_reference, lambda: None),
@@ -58,6 +75,7 @@ _BACKENDS = {                                   # name: (the scan, what keeps it
     "blelloch": (selective_scan_blelloch, lambda: None),
     "chunked": (selective_scan_chunked, lambda: None),
     "cpp": (selective_scan_cpp, without_compiler),
+    "triton": (_selective_scan_triton, _without_triton),
     "mamba_ssm": (_selective_scan_mamba_ssm, _without_mamba_ssm),
 }
 
@@ -67,9 +85,16 @@ def backends():
     return {name: reason() for name, (_, reason) in _BACKENDS.items()}
 
 # %% ../nbs/04_scan.ipynb #561115f0
-def _find(backend):
+def _automatic(u, A):
+    "Triton for CUDA tensors, if it can be had and can do it; else chunked."
+    tensors = isinstance(u, torch.Tensor) and isinstance(A, torch.Tensor) and A.ndim == 2
+    fits = tensors and u.is_cuda and u.dtype != torch.float64 and A.shape[1] <= 256
+    return "triton" if fits and _without_triton() is None else "chunked"
+
+
+def _find(backend, u=None, A=None):
     "The scan called `backend`; raises where there is none of that name, or where it does not run here."
-    name = "chunked" if backend == "auto" else backend
+    name = _automatic(u, A) if backend == "auto" else backend
     if name not in _BACKENDS:
         raise ValueError(f"backend: got {backend!r}, need 'auto' or one of {', '.join(map(repr, _BACKENDS))}")
     scan, reason = _BACKENDS[name]
@@ -89,7 +114,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     `backend` is "auto" or one of `backends()`. Raises `ValueError` for arguments that do not fit, `RuntimeError` for a
     backend that cannot run. From Mamba (arXiv 2312.00752), section 3, with the names of its `selective_scan_fn`.
     """
-    scan = _find(backend)
+    scan = _find(backend, u, A)
     return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, return_last_state)
 
 # %% ../nbs/04_scan.ipynb #3ff71781

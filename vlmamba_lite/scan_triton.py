@@ -214,6 +214,7 @@ def _forward4(h, t, L, ok, a, skip, bias, io, B, C, how):
 def scan_forward(u, delta, z, y, A, B, C, Bc, Cc, D, bias, start, last, saved, P, blocks, groups, L, span, gap,
                  GB: tl.constexpr, GC: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr,
                  SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr):
+    "The selective scan of 32 channels of a row, over one segment of the sequence; see `selective_scan_triton`."
     b, g, i, ok, block = _program(P, blocks, groups, BD, EVEN)
     seg, me = tl.program_id(1), tl.cast(tl.program_id(0), tl.int64)
     state = (me * tl.num_programs(1) + seg) * BN * BD + _tile(BN, BD)
@@ -338,6 +339,7 @@ def _end_step(h, a, dt, x, z, t, ok, Xt, HAS_Z: tl.constexpr, BACK: tl.constexpr
 @triton.jit(do_not_specialize_on_alignment=["A", "Xc", "ends"])
 def scan_ends(x, delta, z, A, X, Xc, bias, ends, times, P, blocks, groups, L, span, GX: tl.constexpr, BN: tl.constexpr,
               BD: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, BACK: tl.constexpr):
+    "What a segment leaves of a zero state, and the sum of its steps; with BACK, the same of the gradient, from the right."
     b, g, i, ok, block = _program(P, blocks, groups, BD, EVEN)
     seg = tl.program_id(1)
     me = tl.cast(tl.program_id(0), tl.int64) * tl.num_programs(1) + seg
@@ -530,6 +532,7 @@ def _backward_start(end, BN: tl.constexpr, BD: tl.constexpr):
 def scan_backward(u, delta, z, gy, gu, gdelta, gz, A, B, C, Bc, Cc, D, bias, saved, scratch, end, gstart, gA, gB, gC, gD,
                   gbias, P, blocks, groups, rows, L, span, gap, GB: tl.constexpr, GC: tl.constexpr, BN: tl.constexpr,
                   BD: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr):
+    "All gradients of 32 channels of a row over one segment, from right to left, from the states that the forward saved."
     b, g, i, ok, block = _program(P, blocks, groups, BD, EVEN)
     pid, seg = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1)
     me, a = pid * tl.num_programs(1) + seg, tl.load(A + block * BN * BD + _tile(BN, BD)) * LOG2E
@@ -848,6 +851,9 @@ def bench_kernels(shapes=None, cases=None, dtypes=(torch.bfloat16, torch.float32
     Returns a dict for a result file: `static`, and with a GPU `times` (one line for each shape, case and dtype; times are
     [median, 20 %, 80 %] in ms), `gpu`, `mamba_ssm` (its version, or why it is not there).
     """
+    for name in (*(shapes or ()), *(cases or ())):
+        if name not in SHAPES | CASES:
+            raise ValueError(f"bench_kernels: got {name!r}, need one of {', '.join(map(repr, SHAPES | CASES))}")
     result = {"triton": triton.__version__, "static": [] if INTERPRETED else static_counts()}
     if torch.cuda.is_available():
         peer, result["mamba_ssm"] = _peer_scan()
