@@ -684,6 +684,8 @@ def test_built_again_from_its_spec(name):
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(again(images)[0], encoder(images)[0]) and again.preprocess == encoder.preprocess
     assert encoder_spec(again) == encoder_spec(encoder)
+    for tower in getattr(encoder, "towers", [encoder]):                      # what was cut off is not built again
+        assert tower.spec()["config"]["num_hidden_layers"] == tower.layer
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in encoder.parameters()]
 
 
@@ -780,3 +782,37 @@ def test_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match="need transformers, try: pip install transformers"):
         SigLIP("tiny-siglip")
+
+
+# ---- inside the whole model
+
+@pytest.mark.parametrize("name", ["tiny-siglip", "tiny-clip", "fused"])
+def test_whole_model_with_a_pretrained_encoder(name, small, tmp_path):
+    "Trained one step, saved, loaded without the Hub, asked: the tower keeps its weights and its own preparation of pictures."
+    pytest.importorskip("transformers")
+    from vlmamba_lite.data import normalize
+    from vlmamba_lite.model import VLMamba, tiny_config
+    from vlmamba_lite.training import TrainingConfig, build_optimizers
+    tower = half_range(FusedEncoder([toy("tiny-dinov2"), toy("tiny-siglip", seed=1)]) if name == "fused" else toy(name))
+    config = tiny_config(small.tokenizer.get_vocab_size())
+    config.vision = encoder_spec(tower)
+    torch.manual_seed(0)
+    model = VLMamba(config, small.tokenizer).train()
+    model.vision.load_state_dict(tower.state_dict())
+    before = {key: p.clone() for key, p in model.vision.state_dict().items()}
+    data = small.data
+    images = normalize(data.images[:2])
+    loss = model(images, data.input_ids[:2], data.labels[:2]).loss
+    loss.backward()
+    for optimizer in build_optimizers(model, TrainingConfig()):
+        optimizer.step()
+    assert loss.isfinite() and all(torch.equal(p, before[key]) for key, p in model.vision.state_dict().items())
+    assert all(p.grad is not None for p in model.connector.parameters())
+    model.save_pretrained(tmp_path)
+    again = VLMamba.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
+    photo = picture(90, 50)
+    want = again.connector(*tower(tower.preprocess(photo)))
+    torch.testing.assert_close(again.read(tower.preprocess(photo))[0][0], again.read_image(photo)[0][0])
+    torch.testing.assert_close(again.see(tower.preprocess(photo)), want)
+    assert again.ask(photo, "what color is the shape?") == again.ask(again.read_image(photo), "what color is the shape?")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONNECTORS', 'MODEL_PRESETS', 'VLMambaConfig', 'lite_config', 'tiny_config', 'PictureReader', 'TextContinuer',
-           'Answerer', 'write_atomically', 'model_files', 'naming', 'read_config', 'VLMamba', 'picture_tokens',
-           'plot_model_sight']
+           'picture_pixels', 'Answerer', 'write_atomically', 'model_files', 'naming', 'read_config', 'VLMamba',
+           'picture_tokens', 'plot_model_sight']
 
 # %% ../nbs/15_vlmamba.ipynb #b064a250
 import json
@@ -22,10 +22,10 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from .connector import MLPConnector, VSSL2Connector, VSSMLPConnector, plot_sight
-from .data import EOS, encode_prompt, normalize, process_images
+from .data import EOS, encode_prompt, normalize, process_images, to_rgb
 from .language_model import MambaConfig, MambaLM, repeat_state
 from .msc import MambaScanConnector
-from .vision import ConvEncoder
+from .vision import build_encoder, half_range
 
 # %% ../nbs/15_vlmamba.ipynb #d5d6a39f
 CONNECTORS = {"mlp": MLPConnector, "vss_mlp": VSSMLPConnector, "vss_l2": VSSL2Connector,                 # VL-Mamba
@@ -36,7 +36,7 @@ CONNECTORS = {"mlp": MLPConnector, "vss_mlp": VSSMLPConnector, "vss_l2": VSSL2Co
 @dataclass
 class VLMambaConfig:
     "A whole VL-Mamba: the arguments of its vision encoder, its connector and its language model."
-    vision: dict              # of ConvEncoder
+    vision: dict              # of build_encoder: ConvEncoder's arguments, or a `kind` and its arguments
     connector: str            # a name in CONNECTORS
     connector_args: dict      # of that connector
     language: MambaConfig     # or its fields as a dict, as they come from config.json
@@ -76,7 +76,7 @@ class PictureReader(nn.Module):
     def __init__(self, config, tokenizer=None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.vision = ConvEncoder(**config.vision)
+        self.vision = half_range(build_encoder(config.vision))
         self.connector = CONNECTORS[config.connector](self.vision.dim, config.language.d_model, **config.connector_args)
         self.language = MambaLM(config.language)
 
@@ -106,13 +106,21 @@ class TextContinuer(PictureReader):
         return self.language(input_ids, mask=mask, state=state, labels=labels, return_state=False)
 
 # %% ../nbs/15_vlmamba.ipynb #bc43bf27
+def picture_pixels(model, image):
+    "A PIL picture as the model's vision encoder reads it: (1, 3, H, W) in [-1, 1]. A pretrained encoder brings its own preparation."
+    preprocess = getattr(model.vision, "preprocess", None)
+    if preprocess is None:
+        return normalize(process_images([image], model.config.vision["image_size"])).to(model.device)
+    return preprocess(to_rgb(image) if isinstance(image, Image.Image) else image).to(model.device)
+
+# %% ../nbs/15_vlmamba.ipynb #430624c0
 class Answerer(TextContinuer):
     "What a person does with the model: `read_image`, `ask`."
 
     @torch.no_grad()
     def read_image(self, image):
         "A PIL picture -> the state after it (one row). Reuse it: every further question costs only its own tokens."
-        pixels = normalize(process_images([image], self.config.vision["image_size"])).to(self.device)
+        pixels = picture_pixels(self, image)
         was_training = self.training
         try:
             return self.eval().read(pixels)            # BatchNorm must not learn from, nor judge by, one picture
@@ -198,7 +206,7 @@ class VLMamba(Answerer):
 # %% ../nbs/15_vlmamba.ipynb #ddad434d
 def picture_tokens(model, image):
     "What a model's connector reads of a PIL picture: tokens (1, height * width, dim) and their grid (height, width)."
-    pixels = normalize(process_images([image], model.config.vision["image_size"])).to(model.device)
+    pixels = picture_pixels(model, image)
     was_training = model.training
     try:
         with torch.no_grad():
