@@ -15,7 +15,6 @@ from vlmamba_lite.connector import connector_attention, connector_flops, plot_co
 from vlmamba_lite.mamba2 import Mamba2
 from vlmamba_lite.msc import (
     MVSS,
-    SSD_BACKENDS,
     VARIANTS,
     MambaScanConnector,
     MSCBlock,
@@ -27,6 +26,7 @@ from vlmamba_lite.msc import (
     mvss_flops,
     ssd_attention,
 )
+from vlmamba_lite.ssd import ssd, ssd_recurrent
 from vlmamba_lite.vss import SCANS, VSS, cross_merge, cross_scan, receptive_field, scan_order
 
 few = settings(deadline=None, max_examples=15, derandomize=True, database=None)
@@ -178,7 +178,7 @@ def test_shared_with_the_norm_it_is_vss_on_mamba2(scan):
 @pytest.mark.parametrize("shared", [True, False])
 def test_all_directions_go_through_one_scan(shared, monkeypatch):
     calls = []
-    monkeypatch.setitem(SSD_BACKENDS, "auto", lambda *a, **k: calls.append(k["x"].shape) or msc.ssd_chunked(*a, **k))
+    monkeypatch.setattr(msc, "ssd", lambda *a, **k: calls.append(k["x"].shape) or ssd(*a, **k))
     m = make(scan="csm", shared=shared)
     m(tokens((2, 3)), (2, 3))
     assert calls == [(2, 6, 4 * m.nheads, m.headdim)]
@@ -412,8 +412,12 @@ def test_options_reach_their_parts():
 def test_backends_agree_and_limits_matter():
     x, size = tokens((3, 4)), (3, 4)
     want = make(scan="csm")(x, size)
-    for backend in SSD_BACKENDS:
+    for backend in ("auto", "recurrent", "quadratic", "chunked"):
         assert rms_error(make(scan="csm", backend=backend)(x, size), want) < 1e-10
+    assert rms_error(make(scan="csm", conv_backend="shifted_sums")(x, size), want) < 1e-12
+    for name in ("backend", "conv_backend"):
+        with pytest.raises(ValueError, match=f"^{name}: got 'no such form', need 'auto' or one of"):
+            make(**{name: "no such form"})(x, size)
     for chunk_size in (1, 5, 12, 100):
         assert rms_error(make(scan="csm", chunk_size=chunk_size)(x, size), want) < 1e-10
     assert rms_error(make(scan="csm", dt_limit=(0., 1e-3))(x, size), want) > 1e-2
@@ -494,7 +498,6 @@ def test_errors_name_the_argument():
     for match, call in {
         r"^scan: got 'spiral', need one of \['bsm',": lambda: MVSS(8, "spiral"),
         r"^merge: got 'max', need one of \['mean', 'sum'\]$": lambda: MVSS(8, merge="max"),
-        r"^backend: got 'cuda', need one of \['auto', 'chunked', 'quadratic', 'recurrent'\]$": lambda: MVSS(8, backend="cuda"),
         r"^headdim: got 5, need a divisor of d_inner = 16$": lambda: MVSS(8, headdim=5),
         r"^ngroups: got 3, need a divisor of nheads = 4$": lambda: MVSS(8, headdim=4, ngroups=3),
         r"^variant: got 'official', need one of \['paper', 'released'\]$": lambda: MambaScanConnector(8, 12, variant="official"),
@@ -543,7 +546,7 @@ def test_attention_is_the_effect_of_each_patch_on_each_other(shared, ngroups):
     assert found.shape == (2, 4, 6, 6) and not found.requires_grad
     order = scan_order(*size, "csm")
     _, inputs = msc.mvss_inputs(m, x, order)
-    J = torch.autograd.functional.jacobian(lambda u: msc.ssd_recurrent(**inputs | {"x": u, "D": None}), inputs["x"])
+    J = torch.autograd.functional.jacobian(lambda u: ssd_recurrent(**inputs | {"x": u, "D": None}), inputs["x"])
     for b in range(2):
         for k, path in enumerate(walks("csm", *size)):
             heads = range(k * m.nheads, (k + 1) * m.nheads)
@@ -563,14 +566,14 @@ def test_ssd_attention_is_ssd(L, groups):
     dt, A = torch.rand(2, L, 4, generator=g, dtype=torch.float64), -torch.rand(4, generator=g, dtype=torch.float64)
     M = ssd_attention(dt, A, B, C)
     assert M.shape == (2, 4, L, L) and torch.equal(M, M.tril())
-    assert rms_error(torch.einsum("bhts,bshp->bthp", M, x), msc.ssd_recurrent(x, dt, A, B, C)) < 1e-12
+    assert rms_error(torch.einsum("bhts,bshp->bthp", M, x), ssd_recurrent(x, dt, A, B, C)) < 1e-12
     single = ssd_attention(dt.float(), A.float(), B.bfloat16(), C.bfloat16())
     assert single.dtype == torch.float32 and rms_error(single, M) < 0.02
 
 
 @pytest.mark.parametrize("kind", [{"scan": "csm", "shared": True}, {"variant": "released"}], ids=str)
 def test_nothing_is_made_on_another_device(kind, monkeypatch):
-    monkeypatch.setitem(SSD_BACKENDS, "auto", lambda x, **_: x)      # which has no autocast to switch off on "meta"
+    monkeypatch.setattr(msc, "ssd", lambda x, **_: x)         # which has no autocast to switch off on "meta"
     with torch.device("meta"):
         c, x = MambaScanConnector(8, 12, **SMALL | kind), torch.empty(2, 6, 8)
     assert c(x, (2, 3)).device == connector_attention(c, x, (2, 3)).device == c.vss.directions(c.stem(x), (2, 3)).device == x.device

@@ -274,10 +274,10 @@ def test_backend_is_passed_through(shared):
     for mixer in module.mixers:
         mixer.backend = "chunked"
     torch.testing.assert_close(module(x, (2, 3)), want)
-    for mixer in module.mixers:
-        mixer.backend = "no such backend"
-    with pytest.raises(ValueError, match="backend"):
-        module(x, (2, 3))
+    for name in ("backend", "conv_backend"):
+        module = VSS(8, shared=shared, **{name: "no such backend"})
+        with pytest.raises(ValueError, match=f"^{name}: got 'no such backend'"):
+            module(x, (2, 3))
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -178,7 +178,8 @@ def _sequences(mixers, x, order):
     u, z = uz.unflatten(2, (K, 2, -1)).unbind(3)
     rows = order.mT * K + torch.arange(K, device=order.device)           # (L, K): where step t of scan k is found
     u = u.flatten(1, 2).index_select(1, rows.flatten()).view(*x.shape[:2], -1)       # each along its own path
-    u, _ = causal_conv1d(u, _joined(convs, "weight"), _joined(convs, "bias"))        # (B, L, K * D)
+    weight, bias = (_joined(convs, name) for name in ("weight", "bias"))
+    u, _ = causal_conv1d(u, weight, bias, backend=mixers[0].conv_backend)            # (B, L, K * D)
     return F.silu(u).unflatten(2, (K, -1)), z
 
 # %% ../nbs/06_vss.ipynb #0d44744f
