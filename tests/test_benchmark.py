@@ -10,16 +10,21 @@ from vlmamba_lite import benchmark
 from vlmamba_lite.benchmark import (
     bench_block,
     bench_directions,
+    bench_scaling,
     block_parts,
     compared,
     comparison_table,
+    exponents,
     mamba_peer,
     peak_bytes,
     read_result,
+    scaling_models,
     scan_inputs_of,
     scan_peers,
     side_by_side,
+    slope,
     ssd_inputs_of,
+    state_bytes,
     training_step,
     whole_step,
 )
@@ -113,3 +118,38 @@ def test_table_and_missing_results(tmp_path, monkeypatch):
     (tmp_path / "data" / "results" / "some.json").write_text(json.dumps({"x": 1}))
     monkeypatch.chdir(tmp_path / "deep")
     assert read_result("some.json") == {"x": 1}
+
+
+# --- models against the length --------------------------------------------------------------------------------------------
+
+def test_the_three_models_are_of_one_size():
+    sizes = [sum(p.numel() for p in model.parameters()) for model in scaling_models().values()]
+    assert max(sizes) / min(sizes) < 1.02
+
+
+def test_state_bytes_count_every_tensor():
+    assert state_bytes([torch.zeros(3), (torch.zeros(2, dtype=torch.float64), [torch.zeros(1, dtype=torch.int8)])]) == 12 + 16 + 1
+
+
+def test_slope_is_the_power():
+    lengths = [1, 2, 4, 8]
+    for p in (0, 0.5, 1, 2):
+        assert abs(slope(lengths, [3 * n**p for n in lengths]) - p) < 1e-12
+    rows = [dict(model=m, length=n, prefill={"cpu_seconds": n**p}, decode={"cpu_seconds": 5.0}, state_bytes=7) for m, p in (("a", 1), ("b", 2)) for n in lengths]
+    rows += [dict(model="a", length=0.1, prefill={"cpu_seconds": 99.0}, decode={"cpu_seconds": 99.0}, state_bytes=1)]        # below the start
+    assert abs(exponents(rows, "a", start=1)["prefill"] - 1) < 1e-12 and abs(exponents(rows, "b", start=1)["prefill"] - 2) < 1e-12
+    assert abs(exponents(rows, "a", start=1)["decode"]) < 1e-12
+
+
+def test_scaling_measures_each_model_at_each_length(monkeypatch):
+    small = scaling_models(32)
+    monkeypatch.setattr(benchmark, "scaling_models", lambda seed: small)
+    monkeypatch.setattr(benchmark, "side_by_side", lambda forms, repeats=1: side_by_side(forms, repeats, turn=1e-4))
+    result = bench_scaling(2048, longest=4096, longest_attention=2048, repeats=1)
+    lengths = {name: [row["length"] for row in result["lengths"] if row["model"] == name] for name in small}
+    assert lengths == {"mamba": [49, 729, 2048, 2916, 4096], "mamba2": [49, 729, 2048, 2916, 4096], "attention": [49, 729, 2048, 2916]}
+    for name in ("mamba", "mamba2"):
+        assert len({row["state_bytes"] for row in result["lengths"] if row["model"] == name}) == 1        # fixed size
+        assert abs(result["exponents"][name]["state"]) < 1e-9
+    grown = {row["length"]: row["state_bytes"] for row in result["lengths"] if row["model"] == "attention"}
+    assert abs(grown[2048] / grown[729] - 2048 / 729) < 0.01

@@ -370,7 +370,7 @@ def test_bench_prefix_writes_a_result(tmp_path, small, make_model, monkeypatch):
     assert (result["benchmark"], result["seed"]) == ("prefix", 2) and {"commit", "command", "hardware", "versions", "date"} < set(result)
 
 
-@pytest.mark.parametrize("name", ["scan", "ssd", "block", "directions"])
+@pytest.mark.parametrize("name", ["scan", "ssd", "block", "directions", "scaling"])
 def test_bench_writes_what_it_measured(tmp_path, monkeypatch, name):
     import torch
 

@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['SCAN_SHAPES', 'LONGEST', 'SSD_SHAPES', 'timed_turn', 'side_by_side', 'compared', 'peak_bytes', 'training_step',
            'scan_inputs_of', 'mambapy_scan', 'scan_peers', 'compare_scans', 'compare_compiled', 'scan_lengths',
-           'bench_scan', 'read_result', 'comparison_table', 'shape_of', 'milliseconds', 'ssd_inputs_of', 'bench_ssd',
-           'block_parts', 'whole_step', 'mamba_peer', 'bench_block', 'plot_parts', 'bench_directions']
+           'bench_scan', 'read_result', 'comparison_table', 'shape_of', 'milliseconds', 'ssd_inputs_of', 'compare_ssd',
+           'synchronised', 'time_ssd_on_gpu', 'bench_ssd', 'block_parts', 'whole_step', 'mamba_peer', 'bench_block',
+           'plot_parts', 'bench_directions', 'scaling_models', 'state_bytes', 'reading_cost', 'bench_scaling', 'slope',
+           'exponents', 'plot_scaling']
 
 # %% ../nbs/18_scaling.ipynb #7636b6eb
 import importlib
@@ -24,10 +26,11 @@ import torch._inductor.config
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from .language_model import MambaConfig, MambaLM
 from .mamba import Mamba, causal_conv1d
 from .scan import selective_scan
-from .scan_parallel import selective_scan_chunked, selective_scan_cpp
-from .ssd import ssd_chunked
+from .scan_parallel import selective_scan_chunked, selective_scan_cpp, without_compiler
+from .ssd import ssd, ssd_backends, ssd_chunked
 from .vss import VSS
 
 # %% ../nbs/18_scaling.ipynb #1af66d98
@@ -197,19 +200,47 @@ def ssd_inputs_of(shape, seed=0):
     return randn(b, L, h, p), F.softplus(randn(b, L, h) - 4), -1 - 15 * torch.rand(h, generator=g), randn(b, L, 1, n), randn(b, L, 1, n), randn(h)
 
 # %% ../nbs/18_scaling.ipynb #4353c824
-def bench_ssd(repeats=5, seed=0):
-    "Forward and backward of our chunked SSD and of transformers', at two of its chunk lengths."
+def compare_ssd(repeats=5, seed=0):
+    "Forward and backward of our chunked SSD and of transformers', at two of its chunk lengths, on the CPU."
     peer = _peer("transformers.models.mamba2.modeling_mamba2", "mamba2_chunk_scan", "transformers")
     rows = []
-    for shape in SSD_SHAPES:
+    for shape, chunk in itertools.product(SSD_SHAPES, (256, 64)):
         inputs = ssd_inputs_of(shape, seed)
-        for chunk in (256, 64):
-            steps = {"ours": training_step(lambda *x: ssd_chunked(*x[:5], D=x[5], chunk_size=64), inputs),
-                     "theirs": training_step(lambda *x, chunk=chunk: peer(*x[:5], chunk, D=x[5]), inputs)}
-            held = {name: peak_bytes(step) for name, step in steps.items()}
-            rows.append(dict(peer="transformers", shape=shape, peer_chunk=chunk, **compared(steps, repeats), peak_bytes=held,
-                             memory_ratio=held["theirs"] / held["ours"]))
-    return dict(peers=rows)
+        steps = {"ours": training_step(lambda *x: ssd_chunked(*x[:5], D=x[5], chunk_size=64), inputs),
+                 "theirs": training_step(lambda *x, chunk=chunk: peer(*x[:5], chunk, D=x[5]), inputs)}
+        held = {name: peak_bytes(step) for name, step in steps.items()}
+        rows.append(dict(peer="transformers", shape=shape, peer_chunk=chunk, **compared(steps, repeats), peak_bytes=held,
+                         memory_ratio=held["theirs"] / held["ours"]))
+    return rows
+
+# %% ../nbs/18_scaling.ipynb #479069d9
+def synchronised(step):
+    "A step that waits for the GPU: without, one would time how long it takes to ask."
+    def run():
+        result = step()
+        torch.cuda.synchronize()
+        return result
+    return run
+
+
+def time_ssd_on_gpu(shapes=((8, 2048, 80, 64, 128), (1, 2048, 80, 64, 128)), repeats=5, seed=0):
+    "Forward and backward in bfloat16 on a GPU: the matrix products as they are, under torch.compile, and mamba_ssm's kernels if installed."
+    forms = {"chunked": partial(ssd, chunk_size=64), "compiled": torch.compile(partial(ssd, chunk_size=64))}
+    if ssd_backends()["mamba_ssm"] is None:
+        forms["mamba_ssm"] = partial(ssd, backend="mamba_ssm")
+    rows = []
+    for shape in shapes:
+        x, dt, A, B, C, D = (i.cuda() for i in ssd_inputs_of(shape, seed))
+        inputs = x.bfloat16(), dt, A, B.bfloat16(), C.bfloat16(), D
+        steps = {name: synchronised(training_step(lambda *x, form=form: form(*x[:5], D=x[5]), inputs)) for name, form in forms.items()}
+        rows.append(dict(shape=shape, **side_by_side(steps, repeats)))
+    return rows
+
+# %% ../nbs/18_scaling.ipynb #7c998a05
+def bench_ssd(repeats=5, seed=0):
+    "Everything this course says about the cost of SSD; on a machine with a CUDA GPU its times there, too."
+    gpu = dict(gpu=time_ssd_on_gpu(repeats=repeats, seed=seed)) if torch.cuda.is_available() else {}
+    return dict(peers=compare_ssd(repeats, seed), **gpu)
 
 # %% ../nbs/18_scaling.ipynb #e4c39e5f
 def block_parts(block, batch, length, seed=0):
@@ -285,3 +316,73 @@ def bench_directions(dim=256, grids=((7, 7), (14, 14), (27, 27)), repeats=5, see
             times = compared(steps, repeats)
             rows.append(dict(grid=size, shared=shared, **times, cost=1 / times["ratio"], cpu_cost=1 / times["cpu_ratio"]))
     return dict(dim=dim, directions=rows)
+
+# %% ../nbs/18_scaling.ipynb #19c3d28f
+def scaling_models(d_model=128, seed=0):
+    "Three language models of about the same size by the name of their mixer."
+    torch.manual_seed(seed)
+    sizes = {"mamba": (4, {"backend": "cpp"} if without_compiler() is None else {}), "mamba2": (4, dict(headdim=32, d_state=64)),
+             "attention": (2, dict(headdim=32))}
+    widths = {"attention": round(3.4 * d_model)}                 # of its MLP, so that the three are of one size
+    return {mixer: MambaLM(MambaConfig(d_model, n_layer, 256, mixer=mixer, mixer_args=mixer_args, d_intermediate=widths.get(mixer))).eval()
+            for mixer, (n_layer, mixer_args) in sizes.items()}
+
+# %% ../nbs/18_scaling.ipynb #2a10a2e5
+def state_bytes(state):
+    "Bytes of all tensors in a state."
+    tensors = [state] if isinstance(state, torch.Tensor) else state
+    return sum(x.numel() * x.element_size() if isinstance(x, torch.Tensor) else state_bytes(x) for x in tensors)
+
+
+@torch.no_grad()
+def reading_cost(model, length, repeats=3, steps=8, seed=0):
+    "Seconds and peak bytes to read `length` tokens, seconds to write one more, and the size of the state in between."
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
+    read = partial(model.read_prompt, ids)
+    _, state = read()
+    def write():
+        now = state
+        for t in range(steps):
+            _, now = model.step(ids[:, t], now)
+    times = side_by_side({"prefill": read, "decode": write}, repeats)
+    times["decode"] = {clock: seconds / steps for clock, seconds in times["decode"].items()}
+    return dict(length=length, **times, peak_bytes=peak_bytes(read), state_bytes=state_bytes(state))
+
+# %% ../nbs/18_scaling.ipynb #bee51d75
+def bench_scaling(first=256, longest=65536, longest_attention=16384, repeats=3, seed=0):
+    "Three models of one size read 256, 512, ... tokens and write one more; and pictures of 49, 729 and 2,916 tokens."
+    models, rows = scaling_models(seed=seed), []
+    for name, model in models.items():
+        lengths = [first * 2**k for k in range(30) if first * 2**k <= (longest_attention if name == "attention" else longest)]
+        rows += [dict(model=name, **reading_cost(model, length, repeats, seed=seed)) for length in sorted({*lengths, 49, 729, 2916})]
+    parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    return dict(parameters=parameters, lengths=rows, exponents={name: exponents(rows, name) for name in models})
+
+# %% ../nbs/18_scaling.ipynb #707e183f
+def slope(lengths, costs):
+    "The exponent p of cost = c length^p: the least squares line through the logarithms."
+    x, y = (torch.tensor(values, dtype=torch.float64).log() for values in (lengths, costs))
+    x = x - x.mean()
+    return ((x * y).sum() / x.square().sum()).item()
+
+
+def exponents(rows, name, start=2048):
+    "Fitted exponents of a model's prefill and decode time (CPU) and of its state, from `start` tokens on."
+    mine = [row for row in rows if row["model"] == name and row["length"] >= start]
+    costs = {"prefill": lambda r: r["prefill"]["cpu_seconds"], "decode": lambda r: r["decode"]["cpu_seconds"], "state": lambda r: r["state_bytes"]}
+    return {what: slope([row["length"] for row in mine], [cost(row) for row in mine]) for what, cost in costs.items()}
+
+# %% ../nbs/18_scaling.ipynb #18a39145
+def plot_scaling(rows, axes=None):
+    "Prefill, decode and state against the length, a line for each model. Returns the axes."
+    import matplotlib.pyplot as plt
+    axes = plt.subplots(1, 3, figsize=(7.6, 2.5))[1] if axes is None else axes
+    costs = {"prefill, s": lambda r: r["prefill"]["wall_seconds"], "decode, ms a token": lambda r: 1e3 * r["decode"]["wall_seconds"],
+             "state, MiB": lambda r: r["state_bytes"] / 2**20}
+    for ax, (label, cost) in zip(axes, costs.items()):
+        for name, marker in zip(dict.fromkeys(row["model"] for row in rows), "os^"):
+            mine = sorted((row["length"], cost(row)) for row in rows if row["model"] == name)
+            ax.loglog(*zip(*mine), marker=marker, ms=3, lw=1, label=name)
+        ax.set(xlabel="tokens read", title=label)
+    axes[0].legend(fontsize=7)
+    return axes
