@@ -471,12 +471,14 @@ class Codec:
     "Words to ids and back with any tokenizer: of `tokenizers` or of `transformers`."
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.known = tokenizer, {}
         self.eos, self.eos_id, self.pad_id, self.special = control_tokens(tokenizer)
 
     def literal(self, text):
-        "Ids of a template's own text, in which {eos} is the control token."
-        return encode_text(self.tokenizer, text.replace("{eos}", self.eos), special=True) if text else []
+        "Ids of a template's own text, in which {eos} is the control token. There are few of them: each is encoded once."
+        if text not in self.known:
+            self.known[text] = encode_text(self.tokenizer, text.replace("{eos}", self.eos), special=True) if text else []
+        return self.known[text]
 
     def words(self, text, sample):
         "Ids of what somebody said. SampleError where the tokenizer does not know a word, or leaves nothing."
