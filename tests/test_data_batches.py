@@ -152,6 +152,9 @@ def test_batches_refuse_nothing_and_unseen_pictures(tokenizer):
     rows = [row for row in random_rows(tokenizer, 9, 0) if len(row.images)]
     with pytest.raises(ValueError, match="see: got None, need a function from pictures"):
         D.batch_loss(model, D.collate(rows, 0))
+    odd = replace(rows[0], images=torch.zeros(1, 3, 9, 9, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"images: got pictures of 2 sizes, \(3, 8, 8\) and \(3, 9, 9\)"):
+        D.collate([rows[0], odd], 0)
     with pytest.raises(ValueError, match="length: got a text of .* tokens, need at most 3"):
         D.collate_packed(rows, 0, 3)
 
@@ -297,13 +300,17 @@ def test_batches_move_to_a_device(tokenizer):
 
 # ---- streams ----
 
-@pytest.mark.parametrize("kind", ["list", "datasets", "datasets shuffled"])
+@pytest.mark.parametrize("kind", ["list", "datasets", "datasets shuffled", "datasets interleaved"])
 def test_a_stream_goes_on_where_it_stopped(tokenizer, kind):
     from datasets import Dataset
     rows = [{"image": page(i), "q": f"what {i}?", "a": f"it {i}"} for i in range(11)]
     records = rows
     if kind != "list":
         records = Dataset.from_list(rows).to_iterable_dataset()
+        if "interleaved" in kind:
+            from datasets import interleave_datasets
+            parts = [Dataset.from_list(part).to_iterable_dataset() for part in (rows[:6], rows[6:])]
+            records = interleave_datasets(parts, [0.7, 0.3], seed=1, stopping_strategy="all_exhausted_without_replacement")
         records = D.undecoded(records.shuffle(seed=3, buffer_size=4) if "shuffled" in kind else records)
     def stream(position=0):
         return D.StreamBatches(records, D.Preparer(tokenizer, process=D.partial(D.process_images, size=8)), COLUMNS, 3, position=position)

@@ -269,3 +269,38 @@ def test_view_of_rows(raw):
     assert learned == "a·circle<|endoftext|>" and "⏎" in text
     page = view._repr_html_()
     assert "&lt;|endoftext|&gt;" in page and "<|" not in page
+
+
+def other_tokenizer(kind):
+    "As Llama's (a space before every text, words joined by it) and as BERT's (word pieces, lower case)."
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    texts = ["what color is the shape? it is a teal circle.", D.SYSTEM, "<|user|> <|assistant|> USER: ASSISTANT:", "0123456789abcdefghijklmnopqrstuvwxyz\n"] * 3
+    special = {"vocab_size": 400, "show_progress": False, "special_tokens": ["<unk>", "<s>", "</s>"]}
+    if kind == "llama":
+        tokenizer, trainer = Tokenizer(models.BPE(unk_token="<unk>")), trainers.BpeTrainer(**special)
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    else:
+        tokenizer, trainer = Tokenizer(models.WordPiece(unk_token="<unk>")), trainers.WordPieceTrainer(**special)
+        tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("template", ["zephyr", "llava", "lite", "plain"])
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_tokenizers_of_other_families(kind, template):
+    "What they cannot say back is refused; what passes is learned as it was said."
+    tokenizer, passed = other_tokenizer(kind), 0
+    for answer in ("teal", "a teal circle", "it is a teal circle.", "Teal", "  teal", "te  al", "\nteal", "teal circle 漢", "what is it? 7"):
+        conversation = D.Conversation("7", [PICTURE], [("what color is the shape?", answer)])
+        try:
+            row, = D.encode_conversation(conversation, tokenizer, template)
+        except D.SampleError as error:
+            assert error.kind == "mask" and "sample 7: " in str(error)
+            continue
+        run, = D.label_runs(row.labels)
+        end = len(D.Codec(tokenizer).literal(D.TEMPLATES[template].end))
+        assert tokenizer.decode(run[:-end]).strip() == answer.strip() and row.labels[0] == -100
+        passed += 1
+    assert passed >= (0 if template == "plain" else 3)                 # `plain` needs a line break, which BERT's does not have

@@ -1062,6 +1062,9 @@ def gather_pictures(rows, share):
 def _lines_batch(lines, rows, share, pad_id):
     if not rows:
         raise ValueError("rows: got none, need at least one")
+    sizes = {tuple(row.images.shape[1:]) for row in rows if len(row.images)}
+    if len(sizes) > 1:
+        raise ValueError(f"images: got pictures of {len(sizes)} sizes, {' and '.join(map(str, sorted(sizes)[:2]))}; need one size in a batch")
     return Batch(*gather_pictures(rows, share), *lay_out(lines, pad_id), [row.name for row in rows])
 
 
