@@ -185,8 +185,9 @@ def test_the_state_is_not_changed_in_place(mixer):
 
 @every
 def test_gradcheck_through_the_state(mixer):
-    lm = make(mixer, d_model=8, n_layer=2, vocab_size=5)
-    a, b = (torch.randn(1, n, 8, dtype=torch.float64, requires_grad=True) for n in (3, 2))
+    args = {"mamba": dict(d_state=2), "mamba2": dict(d_state=2, headdim=4, chunk_size=2), "attention": dict(headdim=4)}[mixer]
+    lm = make(mixer, d_model=4, n_layer=2, vocab_size=5, mixer_args=args)
+    a, b = (torch.randn(1, n, 4, dtype=torch.float64, requires_grad=True) for n in (3, 2))
 
     def logits_of_b(a, b):
         out = lm(inputs_embeds=b, state=lm.hidden(inputs_embeds=a)[1])
