@@ -1,0 +1,403 @@
+"""Chapter 17's benchmark metrics: each against a table of cases worked out by hand, then properties and intervals."""
+from fractions import Fraction as F
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlmamba_lite.evaluation import (COGNITION, CONTRACTIONS, PERCEPTION, bootstrap, check_pairs, circular_formula, circular_parts, draw_sum,
+                                     evalai_answer, gqa_answer, gqa_match, leave_one_out, mean_formula, mean_parts, mme_answer, mme_formula,
+                                     mme_parts, mme_pictures, mme_scores, option_letter, pope_answer, pope_formula, pope_parts, pope_scores,
+                                     scienceqa_letter, seed_letter, textvqa_accuracy, vqa_accuracy, vqa_answer, vsr_answer)
+
+few = settings(deadline=None, max_examples=30, derandomize=True)
+
+
+# How an answer is written before it is compared. (text, VQAv2, EvalAI where it differs)
+
+WRITTEN = [
+    ("red", "red"), ("Red", "red"), ("  red  ", "red"), ("red\n", "red"), ("dark\tred", "dark red"), ("", ""), ("the", ""), ("The Dog", "dog"),
+    ("a an the", ""), ("an apple", "apple"), ("theater", "theater"), ("a", ""),                         # articles, whole words only
+    ("two", "2"), ("Ten", "10"), ("none", "0"), ("zero", "0"), ("eleven", "eleven"), ("one hundred", "1 hundred"), ("twofold", "twofold"),
+    ("dont", "don't"), ("don't", "don't"), ("Im", "im"), ("Ive", "ive"), ("couldnt've", "couldn't've"), ("couldn'tve", "couldn't've"),
+    ("couldntve", "couldntve"),                                                                         # two apostrophes missing: no entry
+    ("twas", "'twas"), ("yall'd've", "y'all'd've"), ("somebody'd", "somebodyd"), ("hed", "he'd"), ("shed", "shed"), ("well", "well"),
+    ("isn't it", "isn't it"), ("oclock", "o'clock"),
+    ("let's", "let's", "let 's"), ("dog's", "dog's", "dog 's"), ("it's a dog", "it's dog", "it 's dog"),
+    ("yes.", "yes"), ("yes!", "yes"), ("yes?", "yes"), ("...", ""), ("3.5", "3.5"), ("3.", "3"), ("a.b", "a.b".replace(".", "")), (".5", ".5"),
+    ("p.m.", "pm"), ("5 p.m.", "5 pm"), ("v1.2.", "v1.2"),
+    ("1,000", "1000"), ("1,000-2,000", "10002000", "1000 2000"), ("red,blue", "red blue", "redblue"), ("red, blue", "red blue"),
+    ("red ,blue", "red blue"), ("1,a", "1", "1a"),                                                      # a comma makes "a" an article
+    ("red/blue", "red blue"), ("red / blue", "red blue"), ("red/blue / green", "redblue green"),
+    ("t-shirt", "t shirt"), ("t-shirt - blue", "tshirt blue"), ("(red)", "red"), ("[1]", "1"), ("50%", "50%"), ("$5", "$5"), ("#1", "#1"),
+    ("12:30", "12:30"), ("a & b", "& b"), ("x=1", "x 1"), ("c++", "c"), ("\"stop\"", "stop"), ("me@home", "me home"), ("one_two", "1 2"),
+    ("one-two", "1 2"), ("what?ever", "what ever", "whatever"), ("dont.", "don't"), ("é.", "é"), ("2.0.", "2.0"),
+    ("." * 32 + "x", "x"), ("." * 34 + "x", "..x"),                                                     # only the first 32 periods go
+]
+
+
+@pytest.mark.parametrize("case", WRITTEN, ids=lambda case: repr(case[0])[:24])
+def test_answers_as_they_are_compared(case):
+    text, vqa, evalai = case if len(case) == 3 else (*case, case[1])
+    assert vqa_answer(text) == vqa
+    assert evalai_answer(text) == evalai
+
+
+def test_contractions_are_the_published_ones():
+    "114 of the 120 entries of the official table change a lower-case word; four are in upper case, and two say the same twice."
+    assert len(CONTRACTIONS) == 114
+    assert CONTRACTIONS["thered've"] == CONTRACTIONS["there'dve"] == "there'd've" and CONTRACTIONS["'ows'at"] == "'ow's'at"
+    for word in ("Im", "I'dve", "let's", "she's", "wed", "ill", "hell", "shell", "id"):
+        assert word not in CONTRACTIONS
+
+
+# Soft accuracy. (prediction, {answer: people}, VQAv2, TextVQA and VizWiz where it differs)
+
+SOFT = [
+    ("red", {"red": 10}, 1), ("blue", {"red": 10}, 0), ("red", {"red": 9, "blue": 1}, 1), ("blue", {"red": 9, "blue": 1}, 0.3),
+    ("blue", {"red": 8, "blue": 2}, 0.6), ("blue", {"red": 7, "blue": 3}, 0.9), ("blue", {"red": 6, "blue": 4}, 1),
+    ("blue", {"red": 5, "blue": 5}, 1), ("green", {"red": 5, "blue": 5}, 0), ("", {"red": 5, "blue": 5}, 0),
+    ("", {"the": 3, "red": 7}, 0.9),                                                           # both are nothing after normalisation
+    ("Red", {"red": 3, "blue": 7}, 0.9), ("red.", {"red": 2, "blue": 8}, 0.6), ("the red", {"red": 1, "blue": 9}, 0.3),
+    ("red", {"Red": 1, "red": 1, "RED": 1, "blue": 7}, 0.9), ("red", {"a red": 2, "red": 2, "blue": 6}, 1),
+    ("2", {"two": 3, "3": 7}, 0.9), ("two", {"2": 4, "3": 6}, 1), ("none", {"0": 2, "1": 8}, 0.6), ("ten", {"10": 1, "9": 9}, 0.3),
+    ("two", {"2": 10}, 0, 1), ("Yes", {"yes": 10}, 0, 1), ("yes.", {"yes": 10}, 0, 1), ("yes\n", {"yes": 10}, 1),
+    ("the dog", {"the dog": 10}, 1), ("dog", {"the dog": 10}, 0, 1), ("yes", {"yes ": 4, "yes": 6}, 1),
+    ("Yes", {"yes ": 4, "yes": 6}, 0, 1),                                                      # spaces at the ends do not make them differ
+    ("Yes", {"Yes": 5, "yes": 5}, 1), ("dont", {"don't": 3, "do": 7}, 0.9), ("1,000", {"1000": 2, "100": 8}, 0.6),
+    ("t-shirt", {"t shirt": 1, "shirt": 9}, 0.3), ("red,blue", {"red blue": 4, "red": 6}, 1, 0),
+    ("dog's", {"dog s": 3, "dog": 7}, 0), ("dog 's", {"dog's": 3, "dog": 7}, 0, 0.9),
+    ("no", {"yes": 4, "no": 3, "maybe": 3}, 0.9), ("maybe", {"yes": 4, "no": 4, "maybe": 2}, 0.6),
+    ("b", {"a b": 1, "b": 1, "B.": 1, "c": 7}, 0.9), ("unanswerable", {"unanswerable": 6, "blue": 4}, 1),
+    ("x", {"x": 2}, F(1, 3)), ("x", {"x": 1, "y": 1}, F(1, 6)), ("x", {"x": 3}, F(2, 3)), ("x", {"x": 1, "y": 2}, F(2, 9)),
+    ("x", {"x": 4}, 1), ("x", {"x": 2, "y": 2}, F(1, 2)), ("x", {"x": 1, "y": 4}, F(4, 15)), ("x", {"x": 3, "y": 2}, F(4, 5)),
+]
+
+
+@pytest.mark.parametrize("case", SOFT, ids=str)
+def test_soft_accuracy_by_hand(case):
+    prediction, people, vqa, textvqa = case if len(case) == 4 else (*case, case[2])
+    answers = [answer for answer, count in people.items() for _ in range(count)]
+    assert vqa_accuracy(prediction, answers) == pytest.approx(float(vqa))
+    assert textvqa_accuracy(prediction, answers) == pytest.approx(float(textvqa))
+    assert vqa_accuracy(prediction, answers[::-1]) == pytest.approx(float(vqa))                # nobody's place matters
+
+
+def test_soft_accuracy_needs_somebody_else():
+    for answers in ([], ["red"]):
+        with pytest.raises(ValueError, match=f"^answers: got {len(answers)}, need at least 2"):
+            vqa_accuracy("red", answers)
+
+
+@few
+@given(st.integers(0, 10))
+def test_soft_accuracy_of_ten_is_three_tenths_a_person(agree):
+    assert leave_one_out("x", ["x"] * agree + ["y"] * (10 - agree)) == pytest.approx(min(1, 0.3 * agree))
+
+
+# GQA
+
+GQA = [
+    ("red", "red", 1), ("Red", "red", 1), ("RED", "red", 1), ("red.", "red", 1), ("red!", "red", 1), (" red ", "red", 1), ("red\n", "red", 1),
+    ("blue", "red", 0), ("", "red", 0), (".", "red", 0), ("reddish", "red", 0), ("dark red", "red", 0), ("red dark", "dark red", 0),
+    ("dark  red", "dark red", 1), ("dark-red", "dark red", 0), ("darkred", "dark-red", 1), ("the dog", "dog", 0), ("a dog", "dog", 0),
+    ("dogs", "dog", 0), ("two", "2", 0), ("2", "2", 1), ("2.0", "20", 1), ("3.5", "35", 1), ("yes", "yes", 1), ("Yes, it is", "yes", 0),
+    ("Yes,", "yes", 1), ("no", "yes", 0), ("dont", "don't", 1), ("t-shirt", "tshirt", 1), ("(left)", "left", 1), ("left?", "left", 1),
+    ("fire truck", "firetruck", 0), ("\"stop sign\"", "stop sign", 1), ("é", "e", 0), ("color: red", "red", 0), ("x_y", "xy", 1),
+]
+
+
+@pytest.mark.parametrize("prediction, answer, right", GQA, ids=str)
+def test_gqa_by_hand(prediction, answer, right):
+    assert gqa_match(prediction, answer) is bool(right)
+    assert gqa_match(answer, prediction) is bool(right) and gqa_answer(gqa_answer(answer)) == gqa_answer(answer)
+
+
+# ScienceQA: (text, number of choices, letter)
+
+LETTERS = [
+    ("A", 4, "A"), ("B", 4, "B"), ("E", 5, "E"), ("E", 4, ""), ("D", 3, ""), ("F", 5, ""), ("b", 4, ""), ("", 4, ""), (" B", 4, "B"), ("B ", 4, "B"),
+    ("B.", 4, ""), ("B. ", 4, "B"), ("B. cat", 4, "B"), ("B.cat", 4, ""), ("B cat", 4, ""), ("(B)", 4, ""), ("B) cat", 4, ""), (" B. cat", 4, ""),
+    ("B\n", 4, "B"), ("B\ncat", 4, "B"), ("D. cat", 3, ""), ("The answer is B", 4, "B"), ("The answer is B.", 4, "B"), ("The answer is b", 4, ""),
+    ("the answer is B", 4, ""), ("So. The answer is C. It is", 4, "C"), ("The answer is D.", 3, ""), ("The answer is Absent", 4, "A"),
+    ("The answer is A because so. The answer is B.", 4, "B"), ("The answer is A. The answer is B.", 4, "A"), ("The answer is: B", 4, ""),
+    ("A. The answer is B.", 4, "A"), ("The answer is (B)", 4, ""), ("cat", 4, ""), ("Answer: B", 4, ""), ("BB", 4, ""), ("A, B", 4, ""),
+    ("The answer is\nB", 4, ""), ("F. The answer is A.", 4, "A"),
+]
+
+
+@pytest.mark.parametrize("text, choices, letter", LETTERS, ids=str)
+def test_scienceqa_letters_by_hand(text, choices, letter):
+    assert scienceqa_letter(text, choices) == letter
+
+
+# POPE: how an answer is read, then scores
+
+POPE_TEXT = [
+    ("Yes", "yes"), ("yes", "yes"), ("Yes.", "yes"), ("Yes, there is.", "yes"), ("No", "no"), ("no", "no"), ("No.", "no"), ("No, it is", "no"),
+    ("no dog", "no"), ("There is no dog.", "no"), ("There is not", "no"), ("It does not.", "no"), ("There isn't", "yes"), ("Nope", "yes"),
+    ("NO", "yes"), ("NOT", "yes"), ("None", "yes"), ("nothing", "yes"), ("", "yes"), (" ", "yes"), (".", "yes"), ("Yes. No.", "yes"), ("No. Yes.", "no"),
+    ("Yes and no", "no"), ("yes,no", "yes"), ("yes, no", "no"), (",no", "no"), (" no ", "no"), ("no\n", "yes"), ("no!", "yes"), ("knot", "yes"),
+    (".no", "yes"), ("A. not", "yes"), ("I do not know", "no"), ("Not", "yes"), ("I cannot say", "yes"),
+]
+
+# what is said, what is true, then accuracy, precision, recall, F1 and the yes ratio
+POPE = [
+    ("y", "y", 1, 1, 1, 1, 1), ("n", "n", 1, 0, 0, 0, 0), ("y", "n", 0, 0, 0, 0, 1), ("n", "y", 0, 0, 0, 0, 0),
+    ("yn", "yn", 1, 1, 1, 1, F(1, 2)), ("ny", "yn", 0, 0, 0, 0, F(1, 2)), ("yy", "yn", F(1, 2), F(1, 2), 1, F(2, 3), 1),
+    ("nn", "yn", F(1, 2), 0, 0, 0, 0), ("yy", "yy", 1, 1, 1, 1, 1), ("yn", "yy", F(1, 2), 1, F(1, 2), F(2, 3), F(1, 2)),
+    ("nn", "nn", 1, 0, 0, 0, 0), ("yn", "nn", F(1, 2), 0, 0, 0, F(1, 2)), ("yyy", "yyn", F(2, 3), F(2, 3), 1, F(4, 5), 1),
+    ("yyn", "yyn", 1, 1, 1, 1, F(2, 3)), ("ynn", "yyn", F(2, 3), 1, F(1, 2), F(2, 3), F(1, 3)), ("nnn", "yyn", F(1, 3), 0, 0, 0, 0),
+    ("nny", "yyn", 0, 0, 0, 0, F(1, 3)), ("yny", "yyn", F(1, 3), F(1, 2), F(1, 2), F(1, 2), F(2, 3)),
+    ("yyy", "ynn", F(1, 3), F(1, 3), 1, F(1, 2), 1), ("ynn", "ynn", 1, 1, 1, 1, F(1, 3)), ("yyn", "ynn", F(2, 3), F(1, 2), 1, F(2, 3), F(2, 3)),
+    ("nyy", "ynn", 0, 0, 0, 0, F(2, 3)), ("yyyy", "yynn", F(1, 2), F(1, 2), 1, F(2, 3), 1), ("yyyn", "yynn", F(3, 4), F(2, 3), 1, F(4, 5), F(3, 4)),
+    ("ynyn", "yynn", F(1, 2), F(1, 2), F(1, 2), F(1, 2), F(1, 2)), ("ynnn", "yynn", F(3, 4), 1, F(1, 2), F(2, 3), F(1, 4)),
+    ("nnyn", "yynn", F(1, 4), 0, 0, 0, F(1, 4)), ("yyyn", "yyyn", 1, 1, 1, 1, F(3, 4)), ("ynnn", "yyyn", F(1, 2), 1, F(1, 3), F(1, 2), F(1, 4)),
+    ("yyyy", "yyyn", F(3, 4), F(3, 4), 1, F(6, 7), 1), ("ynny", "yyyn", F(1, 4), F(1, 2), F(1, 3), F(2, 5), F(1, 2)),
+    ("yynyy", "yyynn", F(2, 5), F(1, 2), F(2, 3), F(4, 7), F(4, 5)), ("yynyyy", "yyynnn", F(1, 3), F(2, 5), F(2, 3), F(1, 2), F(5, 6)),
+]
+
+
+@pytest.mark.parametrize("text, answer", POPE_TEXT, ids=str)
+def test_pope_answers_by_hand(text, answer):
+    assert pope_answer(text) == answer
+
+
+@pytest.mark.parametrize("case", POPE, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_pope_scores_by_hand(case):
+    word = {"y": "yes", "n": "no"}
+    scores = pope_scores([word[c] for c in case[0]], [word[c] for c in case[1]])
+    assert list(scores) == ["accuracy", "precision", "recall", "f1", "yes_ratio"]
+    assert list(scores.values()) == pytest.approx([float(x) for x in case[2:]])
+
+
+def test_pope_yes_ratio_counts_predictions():
+    "Half of the labels are yes; the ratio follows what is said, not what is true."
+    labels = ["yes", "no"] * 10
+    for said in range(21):
+        predictions = ["Yes, I see it"] * said + ["No"] * (20 - said)
+        assert pope_scores(predictions, labels)["yes_ratio"] == pytest.approx(said / 20)
+        assert pope_scores(predictions, ["no"] * 20)["yes_ratio"] == pytest.approx(said / 20)
+
+
+def test_pope_refuses_other_labels():
+    with pytest.raises(ValueError, match=r"^answers: got 'Yes', need one of \['no', 'yes'\]$"):
+        pope_scores(["yes"], ["Yes"])
+    with pytest.raises(ValueError, match="^predictions: got 1, need 2"):
+        pope_scores(["yes"], ["yes", "no"])
+
+
+# MME
+
+MME_TEXT = [
+    ("Yes", "yes"), ("yes", "yes"), ("YES", "yes"), ("Yes.", "yes"), ("Yes, it is", "yes"), ("yesterday", "yes"), (" yes", "yes"), ("  yes", "other"),
+    ("No", "no"), ("no", "no"), ("NO", "no"), ("No.", "no"), ("No, it is not", "no"), ("not", "no"), ("none", "no"), ("Nope", "no"), (" no", "no"),
+    ("  no", "no"), ("   no", "other"), ("know", "no"), ("I know", "other"), ("I no", "no"), ("", "other"), ("maybe", "other"), ("The", "other"),
+    ("ye", "other"), ("n", "other"), ("eyes", "yes"), ("noyes", "no"), ("nyes", "yes"), ("yesno", "yes"), ("It is yes", "other"), ("Ayes", "yes"),
+]
+
+# one string a picture, a digit a question: acc, acc+, points
+MME = [
+    ("11", 100, 100, 200), ("10", 50, 0, 50), ("01", 50, 0, 50), ("00", 0, 0, 0), ("11 11", 100, 100, 200), ("11 10", 75, 50, 125),
+    ("11 01", 75, 50, 125), ("11 00", 50, 50, 100), ("10 10", 50, 0, 50), ("10 01", 50, 0, 50), ("10 00", 25, 0, 25), ("00 00", 0, 0, 0),
+    ("11 11 11 11", 100, 100, 200), ("11 11 11 10", 87.5, 75, 162.5), ("11 11 11 00", 75, 75, 150), ("11 11 10 10", 75, 50, 125),
+    ("11 11 10 00", 62.5, 50, 112.5), ("11 11 00 00", 50, 50, 100), ("11 10 10 10", 62.5, 25, 87.5), ("11 10 01 00", 50, 25, 75),
+    ("11 10 00 00", 37.5, 25, 62.5), ("11 00 00 00", 25, 25, 50), ("10 10 10 10", 50, 0, 50), ("10 01 10 00", 37.5, 0, 37.5),
+    ("10 10 00 00", 25, 0, 25), ("01 00 00 00", 12.5, 0, 12.5), ("00 00 00 00", 0, 0, 0), ("11 11 11 11 10", 90, 80, 170),
+    ("11 11 11 10 00", 70, 60, 130), ("11 11 10 10 10", 70, 40, 110), ("11 10 10 00 00", 40, 20, 60), ("10 00 00 00 00", 10, 0, 10),
+    ("01 01 01 01 01", 50, 0, 50),
+]
+
+
+def mme_rows(text, category="count"):
+    "Answers, labels, categories and pictures of a row of `MME`; the first question of a picture has the answer yes."
+    pairs, labels, wrong = text.split(), ["yes", "no"], {"yes": "No", "no": "I see"}
+    said = [({"yes": "Yes", "no": "No"} if right == "1" else wrong)[label] for pair in pairs for right, label in zip(pair, labels)]
+    return said, labels * len(pairs), [category] * len(said), [i // 2 for i in range(len(said))]
+
+
+@pytest.mark.parametrize("text, answer", MME_TEXT, ids=str)
+def test_mme_answers_by_hand(text, answer):
+    assert mme_answer(text) == answer
+
+
+@pytest.mark.parametrize("text, acc, plus, points", MME, ids=str)
+def test_mme_scores_by_hand(text, acc, plus, points):
+    scores = mme_scores(*mme_rows(text))
+    assert [scores[k] for k in ("count acc", "count acc+", "count", "perception", "cognition", "total")] == pytest.approx([acc, plus, points, points, 0, points])
+
+
+def test_mme_sums_over_categories():
+    "A category counts the same however many pictures it has; pictures of one name in two categories are two."
+    rows = zip(*(mme_rows(*row) for row in (("11 10", "OCR"), ("11", "existence"), ("11 11 00 00", "code_reasoning"), ("10", "posters"))))
+    scores = mme_scores(*(sum(parts, []) for parts in rows))
+    assert [scores[name] for name in ("OCR", "existence", "code_reasoning", "posters")] == [125, 200, 100, 50]
+    assert [scores[name] for name in ("perception", "cognition", "total")] == [375, 100, 475]
+    assert len(PERCEPTION) == 10 and len(COGNITION) == 4 and "celebrity" not in scores
+
+
+def test_mme_needs_pairs_and_known_categories():
+    said, labels, categories, pictures = mme_rows("11 11")
+    with pytest.raises(ValueError, match="^pictures: got 1 questions about 1 of count, need two a picture$"):
+        mme_scores(said[:3], labels[:3], categories[:3], pictures[:3])
+    with pytest.raises(ValueError, match="^pictures: got 4 questions about 7 of count"):
+        mme_scores(said, labels, categories, [7] * 4)
+    with pytest.raises(ValueError, match="^answers: got 'cats', need one of"):
+        mme_scores(said, labels, ["cats"] * 4, pictures)
+    with pytest.raises(ValueError, match="^answers: got 'Yes'"):
+        mme_scores(said, ["Yes"] * 4, categories, pictures)
+
+
+# MMBench
+
+OPTIONS = {"A": "cat", "B": "dog", "C": "a red fox", "D": "fish"}
+OPTION = [
+    ("A", "A"), ("B", "B"), ("D", "D"), ("E", ""), ("a", ""), ("", ""), ("B.", "B"), ("(B)", "B"), ("B) dog", "B"), ("B. dog", "B"), ("B: dog", "B"),
+    ("{B}", "B"), ("*B*", "B"), ("#B", "B"), ("The answer is B", "B"), ("The answer is B.", "B"), ("B dog cat", "B"), ("A or B", ""), ("A, B", ""),
+    ("A cat", "A"), ("A dog", "A"), ("A dog is here", "B"), ("A big dog sits", "B"), ("A large animal here", ""), ("It is A", "A"), ("It is surely A", ""),
+    ("dog", "B"), ("Dog", "B"), ("the dog", "B"), ("cat and dog", ""), ("fox", ""), ("A red fox", "A"), ("a red fox", "C"), ("Clearly a RED FOX", "C"),
+    ("catfish", ""), ("hotdog", "B"), ("B-", ""), ("AB", ""), ("B\n", "B"), ("Bdog", "B"), ("C D", ""), ("I say D; it swims", "D"),
+]
+
+# one string a question, a digit a rotation: circular, plain
+CIRCULAR = [
+    ("1", 1, 1), ("0", 0, 0), ("11", 1, 1), ("10", 0, F(1, 2)), ("00", 0, 0), ("111", 1, 1), ("110", 0, F(2, 3)), ("100", 0, F(1, 3)), ("1111", 1, 1),
+    ("1110", 0, F(3, 4)), ("0111", 0, F(3, 4)), ("1100", 0, F(1, 2)), ("1000", 0, F(1, 4)), ("0000", 0, 0), ("1111 1111", 1, 1),
+    ("1111 1110", F(1, 2), F(7, 8)), ("1111 1000", F(1, 2), F(5, 8)), ("1111 0000", F(1, 2), F(1, 2)), ("1110 1110", 0, F(3, 4)), ("11 1111", 1, 1),
+    ("11 0000", F(1, 2), F(1, 3)), ("10 1111", F(1, 2), F(5, 6)), ("00 1111", F(1, 2), F(2, 3)), ("11 11 10", F(2, 3), F(5, 6)),
+    ("11 10 10", F(1, 3), F(2, 3)), ("111 111 000", F(2, 3), F(2, 3)), ("111 110 100", F(1, 3), F(2, 3)), ("1 11 111 1111", 1, 1),
+    ("1 11 111 1110", F(3, 4), F(9, 10)), ("0 11 111 1111", F(3, 4), F(9, 10)), ("0 00 000 1111", F(1, 4), F(2, 5)),
+    ("1000 1000 1000 1000", 0, F(1, 4)), ("1111 0111 1011 1101", F(1, 4), F(13, 16)),
+]
+
+
+@pytest.mark.parametrize("text, letter", OPTION, ids=str)
+def test_options_by_hand(text, letter):
+    assert option_letter(text, OPTIONS) == letter
+
+
+@pytest.mark.parametrize("text, circular, plain", CIRCULAR, ids=str)
+def test_circular_by_hand(text, circular, plain):
+    rows = [(digit == "1", group) for group, digits in enumerate(text.split()) for digit in digits]
+    for order in (rows, rows[::-1], sorted(rows)):                                             # a question's rotations need not be neighbours
+        scores = circular_formula(circular_parts(*zip(*order)).sum(0))
+        assert scores == pytest.approx({"circular": float(circular), "plain": float(plain)})
+
+
+# SEED-Bench and VSR
+
+SEED = [
+    ("A", "A"), ("B", "B"), ("D", "D"), ("a", "a"), ("", ""), (" ", ""), (" C", "C"), ("C ", "C"), ("\nC", "C"), ("B.", "B"), ("B. dog", "B"), ("B) dog", "B"),
+    ("(B)", "("), ("Big", "B"), ("Dog", "D"), ("dog", "d"), ("A cat", "A"), ("An apple", "A"), ("The answer is B", "T"), ("Answer: B", "A"), ("BA", "B"),
+    ("1", "1"), ("E", "E"), (".", "."), ("\tD. fish", "D"), ("C\n", "C"), ("C, I think", "C"), ("D and B", "D"), ("*A*", "*"), ("ABCD", "A"), ("Cat", "C"),
+]
+VSR = [
+    ("True", "true"), ("true", "true"), ("TRUE", "true"), ("True.", "true"), ("Yes", "true"), ("yes, it is", "true"), ("False", "false"), ("false", "false"),
+    ("False.", "false"), ("No", "false"), ("no, not at all", "false"), ("NO!", "false"), ("", "other"), ("maybe", "other"), ("It is true", "other"),
+    ("not true", "other"), ("untrue", "other"), ("truely", "other"), ("nope", "other"), ("yesterday", "other"), (" true", "true"), ("\nfalse", "false"),
+    ("'true'", "true"), ("(no)", "false"), ("**Yes**", "true"), ("1", "other"), ("0", "other"), (".", "other"), ("true false", "true"), ("no yes", "false"),
+    ("True\nbecause", "true"), ("t", "other"), ("The", "other"),
+]
+
+
+@pytest.mark.parametrize("text, letter", SEED, ids=str)
+def test_seed_letters_by_hand(text, letter):
+    assert seed_letter(text) == letter
+
+
+@pytest.mark.parametrize("text, answer", VSR, ids=str)
+def test_vsr_answers_by_hand(text, answer):
+    assert vsr_answer(text) == answer
+
+
+def test_every_metric_has_thirty_cases_by_hand():
+    tables = (WRITTEN, SOFT, GQA, LETTERS, POPE_TEXT, POPE, MME_TEXT, MME, OPTION, CIRCULAR, SEED, VSR)
+    assert min(len(table) for table in tables) >= 30
+    assert all(len({row[:2] if table in (LETTERS, GQA, POPE) else str(row[:2]) for row in table}) == len(table) for table in tables)
+
+
+# Means, parts and intervals
+
+def test_means_by_group():
+    parts, names = mean_parts([1, 0, 0.3, 1], [("a",), ("a", "b"), (), ("b",)])
+    assert names == ["all", "a", "b"]
+    assert mean_formula(names, parts.sum(0)) == pytest.approx({"accuracy": 0.575, "accuracy, a": 0.5, "accuracy, b": 0.5})
+    assert np.isnan(mean_formula(names, parts[2:3].sum(0))["accuracy, a"])                     # nothing there: no number
+
+
+def test_check_pairs_names_what_is_wrong():
+    check_pairs(["x"], ["yes"], {"yes", "no"})
+    with pytest.raises(ValueError, match="^predictions: got 0, need 0, one an answer and at least one$"):
+        check_pairs([], [])
+
+
+@few
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40), st.integers(0, 5))
+def test_pope_counts_add_up(rows, seed):
+    "Shuffled questions, or two halves added, give the same scores; four counts a question, one of them 1."
+    said, true = ([("no", "yes")[x] for x in column] for column in zip(*rows))
+    parts = pope_parts(said, true)
+    assert (parts.sum(1) == 1).all()
+    order = np.random.default_rng(seed).permutation(len(rows))
+    assert pope_scores([said[i] for i in order], [true[i] for i in order]) == pope_scores(said, true) == pope_formula(parts.sum(0))
+    assert pope_formula(parts[:3].sum(0) + parts[3:].sum(0)) == pope_scores(said, true)
+
+
+def test_bootstrap_of_a_mean_is_the_known_interval():
+    right = np.repeat([1.0, 0.0], [300, 100])
+    parts, names = mean_parts(right)
+    low, high = bootstrap(parts, partial(mean_formula, names), seed=3)["accuracy"]
+    half = 1.96 * np.sqrt(0.75 * 0.25 / 400)
+    assert (low, high) == pytest.approx((0.75 - half, 0.75 + half), abs=0.006)
+    narrow = bootstrap(parts, partial(mean_formula, names), level=0.5)["accuracy"]
+    assert low < narrow[0] < 0.75 < narrow[1] < high
+
+
+def test_bootstrap_repeats_itself_and_changes_with_the_seed():
+    parts, names = mean_parts(np.arange(50) % 3 == 0)
+    formula = partial(mean_formula, names)
+    assert bootstrap(parts, formula, seed=1) == bootstrap(parts, formula, seed=1) != bootstrap(parts, formula, seed=2)
+    assert bootstrap(parts[:1], formula)["accuracy"] == (1, 1)                                 # one unit: nothing varies
+
+
+def test_bootstrap_draws_whole_units():
+    "40 pictures with two questions that are right or wrong together: the interval is that of 40, not of 80."
+    rng = np.random.default_rng(0)
+    hit = rng.random(40) < 0.5
+    parts = circular_parts(np.repeat(hit, 2), np.repeat(np.arange(40), 2))
+    low, high = bootstrap(parts, circular_formula, resamples=3000)["plain"]
+    p = hit.mean()
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 40), rel=0.1)
+
+
+def test_bootstrap_keeps_the_size_of_strata():
+    "Two strata without variance inside: no interval when each is drawn from by itself, a wide one otherwise."
+    parts, names = mean_parts([1] * 10 + [0] * 30)
+    formula, strata = partial(mean_formula, names), ["a"] * 10 + ["b"] * 30
+    assert bootstrap(parts, formula, strata)["accuracy"] == (0.25, 0.25)
+    low, high = bootstrap(parts, formula)["accuracy"]
+    assert high - low > 0.2
+
+
+def test_bootstrap_of_mme_draws_pictures_within_categories():
+    rows = [sum(x, []) for x in zip(mme_rows("11 11 11 10 00 11 10 11", "OCR"), mme_rows("11 00 10 11", "count"))]
+    right = mme_pictures(*rows)
+    parts, names = mme_parts(right)
+    found = bootstrap(parts, partial(mme_formula, names), [category for category, _ in right], resamples=200)
+    scores = mme_scores(*rows)
+    assert set(found) == set(scores) and all(found[name][0] <= scores[name] <= found[name][1] for name in scores)
+    assert all(np.isfinite(found[name]).all() for name in found) and found["total"][0] < found["total"][1]
+
+
+def test_bootstrap_says_what_it_needs():
+    for parts, options in ((np.zeros(3), {}), (np.zeros((0, 2)), {}), (np.zeros((3, 2)), dict(resamples=0)), (np.zeros((3, 2)), dict(level=1))):
+        with pytest.raises(ValueError, match="^parts: got shape"):
+            bootstrap(parts, circular_formula, **options)
+
+
+def test_a_draw_sums_as_many_rows():
+    parts = np.eye(5)
+    drawn = draw_sum(parts, np.random.default_rng(0))
+    assert drawn.sum() == 5 and (drawn == np.round(drawn)).all() and drawn.max() > 1
