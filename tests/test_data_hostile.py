@@ -67,7 +67,7 @@ def test_links_out_of_the_root_are_refused(tmp_path, root):
     os.symlink("loop.png", root / "loop.png")
     os.symlink("a.png", root / "inside.png")
     for name in ("link.png", "folder/secret.png"):
-        assert "is a link that leads out of the root folder" in str(error_of(tmp_path, {"image": name, "conversations": GOOD}, root))
+        assert "leads out of the root folder" in str(error_of(tmp_path, {"image": name, "conversations": GOOD}, root))
     assert error_of(tmp_path, {"image": "loop.png", "conversations": GOOD}, root).kind == "image"
     inside = D.llava_set(write(tmp_path, [{"image": "inside.png", "conversations": GOOD}]), root)[0]
     assert D.load_picture(inside.images[0], "0").size == (6, 4)
@@ -114,12 +114,26 @@ def test_paths_in_a_hub_row_are_not_trusted(tmp_path, root):
     from datasets import Image as Picture
     rows = {"image": [{"bytes": None, "path": str(tmp_path / "secret.png")}], "question": ["what?"], "answer": ["black"]}
     data = D.hub_set(Dataset.from_dict(rows, Features(image=Picture(decode=False), question=Value("string"), answer=Value("string"))), root=root)
-    with pytest.raises(D.SampleError, match="need a relative one"):
+    with pytest.raises(D.SampleError, match="leads out of the root folder"):
         data[0]
     lists = {"images": [[{"bytes": None, "path": "../secret.png"}]], "question": ["what?"], "answer": ["black"]}
     kinds = Features(images=List(Picture(decode=True)), question=Value("string"), answer=Value("string"))
     with pytest.raises(D.SampleError, match="need a relative one"):
         D.hub_set(Dataset.from_dict(lists, kinds), root=root)[0]
+
+
+def test_folders_of_pictures_as_datasets_loads_them(tmp_path, root):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as Picture
+    rows = {"image": [str(root / "a.png"), str(root / "deep" / "b.jpg")], "question": ["what?"] * 2, "answer": ["a"] * 2}
+    rows = Dataset.from_dict(rows, Features(image=Picture(), question=Value("string"), answer=Value("string")))
+    inside, outside, trusted = D.hub_set(rows, root=root), D.hub_set(rows, root=root / "deep"), D.hub_set(rows, decode=True)
+    assert [D.load_picture(inside[i].images[0], "0").size for i in (0, 1)] == [(6, 4)] * 2 == [trusted[i].images[0].size for i in (0, 1)]
+    with pytest.raises(D.SampleError, match="leads out of the root folder"):
+        outside[0]
+    assert D.load_picture(outside[1].images[0], "1").size == (6, 4)
+    with pytest.raises(D.SampleError, match="no root folder"):
+        D.hub_set(rows)[0]
 
 
 # ---- pictures ----

@@ -612,12 +612,13 @@ def prompt_ids(tokenizer, question, turns=(), template="zephyr"):
     return ids + ask_ids(codec, template, question, "prompt", first=not turns)
 
 # %% ../nbs/14_data.ipynb #8aa91610
-def safe_path(root, name, sample):
-    "The file `name` under `root`, links resolved. SampleError for a path that leaves the root, is absolute, or without a root."
+def safe_path(root, name, sample, absolute=False):
+    "The file `name` under `root`, links resolved. SampleError for a path that leaves the root, is absolute (unless that is allowed), or has no root."
     if root is None:
         raise fault(sample, "image", f"image: got the path {name!r} and no root folder; need one under which pictures lie")
     parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
-    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in parts or "\0" in name or not parts:
+    anchored = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
+    if (anchored and not absolute) or ".." in parts or "\0" in name or not parts:
         raise fault(sample, "image", f"image: got the path {name!r}, need a relative one without '..'")
     try:
         root = Path(root).resolve()
@@ -625,7 +626,7 @@ def safe_path(root, name, sample):
     except (OSError, RuntimeError) as error:                       # a link that leads to itself
         raise fault(sample, "image", f"image: the path {name!r} leads nowhere: {error}") from None
     if not path.is_relative_to(root):
-        raise fault(sample, "image", f"image: the path {name!r} is a link that leads out of the root folder")
+        raise fault(sample, "image", f"image: the path {name!r} leads out of the root folder")
     return path
 
 # %% ../nbs/14_data.ipynb #52460d8c
@@ -634,11 +635,12 @@ def picture_list(value, sample, root):
     values = [] if value is None else value if isinstance(value, list | tuple) else [value]
     images = []
     for image in values:
-        if isinstance(image, dict):
+        stored = isinstance(image, dict)
+        if stored:
             image = image if image.get("bytes") else image.get("path")
         if not isinstance(image, str | Path | dict | Image.Image):
             raise fault(sample, "image", f"image: got {type(image).__name__}, need a path, a PIL picture, or bytes")
-        images.append(safe_path(root, str(image), sample) if isinstance(image, str | Path) else image)
+        images.append(safe_path(root, str(image), sample, stored) if isinstance(image, str | Path) else image)
     return images
 
 # %% ../nbs/14_data.ipynb #ab3f15cc
@@ -823,9 +825,12 @@ def undecoded(data):
     return data
 
 
-def hub_set(data, columns=None, label="data", root=None):
-    "A `datasets.Dataset` -> `ConversationSet`. columns: a map as of `guess_columns`, which is asked without one."
-    return ConversationSet(undecoded(data), columns or guess_columns(data.column_names), label, root)
+def hub_set(data, columns=None, label="data", root=None, decode=False):
+    """A `datasets.Dataset` -> `ConversationSet`. columns: a map as of `guess_columns`, which is asked without one.
+
+    decode: let `datasets` open pictures, from wherever its rows say; for archives whose source you trust.
+    """
+    return ConversationSet(data if decode else undecoded(data), columns or guess_columns(data.column_names), label, root)
 
 # %% ../nbs/14_data.ipynb #51a57d98
 def easy_vqa_set(split):
