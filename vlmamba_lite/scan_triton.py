@@ -386,19 +386,21 @@ def _inflow(x, delta, z, A, X, Xc, bias, outer, GX, softplus, back, plan):
 
 # %% ../nbs/03_scan_triton.ipynb #d0766a20
 @triton.jit
-def _again(h, e, u, dt, Bt, Ct, skip, gy, z, how):
-    "The step once more: the next state, the gradient of the output before its gate, and that of the gate."
-    h = e * h + (dt * u)[None, :] * Bt
-    if how[3]:
-        s = _sigmoid(z)
-        y = _sum(h * Ct, 0) + skip * u
-        return h, gy * z * s, gy * y * s * (1 + z * (1 - s))
-    else:
-        return h, gy, gy
+def _gate(gy, z, how):
+    "The gradient of the output before its gate, and what the output has to be multiplied with for that of the gate."
+    s = _sigmoid(z)
+    return (gy * z * s, gy * s * (1 + z * (1 - s))) if how[3] else (gy, z)
 
 
 @triton.jit
-def _back(g, gA, h, e, a, u, dt, gy, Bt, Ct, skip):
+def _again(h, e, u, dt, Bt, Ct, z, how):
+    "The step once more: the next state, and the gradient of the gate."
+    h = e * h + (dt * u)[None, :] * Bt
+    return h, _sum(h * Ct, 0) * z if how[3] else z
+
+
+@triton.jit
+def _back(g, gA, h, e, a, u, dt, gy, Bt, Ct):
     """One step from right to left, h before the step: the gradient that goes on to the left, the sum for A so far,
     the gradient of B for each channel, and the gradients of u and dt."""
     g += Ct * gy[None, :]
@@ -406,7 +408,16 @@ def _back(g, gA, h, e, a, u, dt, gy, Bt, Ct, skip):
     gv = _sum(g * Bt, 0)
     g = g * e
     q = g * h
-    return g, gA + q * dt[None, :], gB, gv * dt + skip * gy, _sum(q * a, 0) * LN2 + gv * u
+    return g, gA + q * dt[None, :], gB, gv * dt, _sum(q * a, 0) * LN2 + gv * u
+
+# %% ../nbs/03_scan_triton.ipynb #7eba2d73
+@triton.jit
+def _gate4(g0, g1, g2, g3, z0, z1, z2, z3, how):
+    g0, w0 = _gate(g0, z0, how)
+    g1, w1 = _gate(g1, z1, how)
+    g2, w2 = _gate(g2, z2, how)
+    g3, w3 = _gate(g3, z3, how)
+    return g0, g1, g2, g3, w0, w1, w2, w3
 
 # %% ../nbs/03_scan_triton.ipynb #ec7e8667
 @triton.jit
@@ -427,40 +438,41 @@ def _dt_gradient(gdt, x, t, L, how):
 
 # %% ../nbs/03_scan_triton.ipynb #c4439ccb
 @triton.jit
-def _pair(sums, h0, t, a, skip, B, C, u0, u1, d0, d1, g0, g1, z0, z1, gB, gC, how):
+def _pair(sums, h0, t, a, B, C, u0, u1, d0, d1, g0, g1, z0, z1, gB, gC, how):
     "Two steps forward from the state h0 before them, then back. Returns the sums and the gradients of u, dt, z."
-    g, gA, gBc, gCc, gD = sums
+    g, gA, gBc, gCc = sums
     B0, B1, C0, C1 = _row(B, t, how[0]), _row(B, t + 1, how[0]), _row(C, t, how[1]), _row(C, t + 1, how[1])
     e0, e1 = tl.exp2(d0[None, :] * a), tl.exp2(d1[None, :] * a)
-    h1, g0, z0 = _again(h0, e0, u0, d0, B0, C0, skip, g0, z0, how)
+    h1, z0 = _again(h0, e0, u0, d0, B0, C0, z0, how)
     gCc = _emit(gC, t, gCc, h1 * g0[None, :], how[1])
-    h2, g1, z1 = _again(h1, e1, u1, d1, B1, C1, skip, g1, z1, how)
+    h2, z1 = _again(h1, e1, u1, d1, B1, C1, z1, how)
     gCc = _emit(gC, t + 1, gCc, h2 * g1[None, :], how[1])
-    gD += g0 * u0 + g1 * u1
-    g, gA, b1, u1, d1 = _back(g, gA, h1, e1, a, u1, d1, g1, B1, C1, skip)
+    g, gA, b1, u1, d1 = _back(g, gA, h1, e1, a, u1, d1, g1, B1, C1)
     gBc = _emit(gB, t + 1, gBc, b1, how[0])
-    g, gA, b0, u0, d0 = _back(g, gA, h0, e0, a, u0, d0, g0, B0, C0, skip)
+    g, gA, b0, u0, d0 = _back(g, gA, h0, e0, a, u0, d0, g0, B0, C0)
     gBc = _emit(gB, t, gBc, b0, how[0])
-    return (g, gA, gBc, gCc, gD), u0, u1, d0, d1, z0, z1
+    return (g, gA, gBc, gCc), u0, u1, d0, d1, z0, z1
 
 # %% ../nbs/03_scan_triton.ipynb #fe1aa801
 @triton.jit
-def _backward4(sums, gbias, t, L, ok, a, skip, bias, io, B, C, gB, gC, scratch, how):
+def _backward4(sums, gD, gbias, t, L, ok, a, skip, bias, io, B, C, gB, gC, scratch, how):
     u0, u1, u2, u3 = _load4(io[0], t, L, ok, how)
     x0, x1, x2, x3 = _load4(io[1], t, L, ok, how)
     d0, d1, d2, d3 = _dt(x0, bias, t, L, how), _dt(x1, bias, t + 1, L, how), _dt(x2, bias, t + 2, L, how), _dt(x3, bias, t + 3, L, how)
     g0, g1, g2, g3 = _load4(io[3], t, L, ok, how)
     z0, z1, z2, z3 = _load4(io[2], t, L, ok, how) if how[3] else (u0, u1, u2, u3)
+    g0, g1, g2, g3, w0, w1, w2, w3 = _gate4(g0, g1, g2, g3, z0, z1, z2, z3, how)
     h0, h2 = tl.load(scratch), tl.load(scratch + a.shape[0] * a.shape[1])
-    sums, u2, u3, d2, d3, z2, z3 = _pair(sums, h2, t + 2, a, skip, B, C, u2, u3, d2, d3, g2, g3, z2, z3, gB, gC, how)
-    sums, u0, u1, d0, d1, z0, z1 = _pair(sums, h0, t, a, skip, B, C, u0, u1, d0, d1, g0, g1, z0, z1, gB, gC, how)
-    _store4(io[4], t, L, u0, u1, u2, u3, ok, how)
+    sums, v2, v3, d2, d3, z2, z3 = _pair(sums, h2, t + 2, a, B, C, u2, u3, d2, d3, g2, g3, w2, w3, gB, gC, how)
+    sums, v0, v1, d0, d1, z0, z1 = _pair(sums, h0, t, a, B, C, u0, u1, d0, d1, g0, g1, w0, w1, gB, gC, how)
     if how[3]:
+        z0, z1, z2, z3 = z0 + skip * u0 * w0, z1 + skip * u1 * w1, z2 + skip * u2 * w2, z3 + skip * u3 * w3
         _store4(io[6], t, L, z0, z1, z2, z3, ok, how)
     d0, d1 = _dt_gradient(d0, x0 + bias, t, L, how), _dt_gradient(d1, x1 + bias, t + 1, L, how)
     d2, d3 = _dt_gradient(d2, x2 + bias, t + 2, L, how), _dt_gradient(d3, x3 + bias, t + 3, L, how)
     _store4(io[5], t, L, d0, d1, d2, d3, ok, how)
-    return sums, gbias + d0 + d1 + d2 + d3
+    _store4(io[4], t, L, v0 + skip * g0, v1 + skip * g1, v2 + skip * g2, v3 + skip * g3, ok, how)
+    return sums, gD + g0 * u0 + g1 * u1 + g2 * u2 + g3 * u3, gbias + d0 + d1 + d2 + d3
 
 # %% ../nbs/03_scan_triton.ipynb #3766e73d
 @triton.jit
@@ -477,7 +489,7 @@ def _states4(h, t, L, ok, a, bias, io, B, scratch, how):
 
 # %% ../nbs/03_scan_triton.ipynb #fc0858d0
 @triton.jit
-def _chunk(sums, gbias, h, lo, hi, L, ok, a, skip, bias, io, B, C, gB, gC, scratch, how):
+def _chunk(sums, gD, gbias, h, lo, hi, L, ok, a, skip, bias, io, B, C, gB, gC, scratch, how):
     "The steps lo to hi: forward from the state h, then from right to left."
     size: tl.constexpr = a.shape[0] * a.shape[1]
     for t in range(lo, hi, 4):
@@ -487,13 +499,13 @@ def _chunk(sums, gbias, h, lo, hi, L, ok, a, skip, bias, io, B, C, gB, gC, scrat
     for k in range(0, hi - lo, 4):
         s = (hi - lo - 1) // 4 * 4 - k
         at = tl.multiple_of(tl.cast(lo + s, tl.int64), 4)
-        sums, gbias = _backward4(sums, gbias, at, L, ok, a, skip, bias, io, B, C, gB, gC, scratch + s // 2 * size, how)
+        sums, gD, gbias = _backward4(sums, gD, gbias, at, L, ok, a, skip, bias, io, B, C, gB, gC, scratch + s // 2 * size, how)
     tl.debug_barrier()
-    return sums, gbias
+    return sums, gD, gbias
 
 # %% ../nbs/03_scan_triton.ipynb #3d091308
 @triton.jit
-def _store_sums(sums, bias, me, gstart, gA, gB, gC, gD, gbias, GB: tl.constexpr, GC: tl.constexpr):
+def _store_sums(sums, D, bias, me, gstart, gA, gB, gC, gD, gbias, GB: tl.constexpr, GC: tl.constexpr):
     state = me * sums[0].shape[0] * sums[0].shape[1] + _tile(sums[0].shape[0], sums[0].shape[1])
     channel = me * sums[0].shape[1] + tl.arange(0, sums[0].shape[1])
     tl.store(gstart + state, sums[0])
@@ -503,7 +515,7 @@ def _store_sums(sums, bias, me, gstart, gA, gB, gC, gD, gbias, GB: tl.constexpr,
     if GC == 0:
         tl.store(gC + state, sums[3])
     if gD is not None:
-        tl.store(gD + channel, sums[4])
+        tl.store(gD + channel, D)
     if gbias is not None:
         tl.store(gbias + channel, bias)
 
@@ -523,9 +535,9 @@ def _backward_tensors(u, delta, z, gy, gu, gdelta, gz, b, g, i):
 
 @triton.jit
 def _backward_start(end, BN: tl.constexpr, BD: tl.constexpr):
-    "The sums before the first step: the gradient that comes in from the right, and zeros."
-    zero = tl.full([BN, BD], 0., tl.float32)
-    return tl.load(end + _tile(BN, BD)), zero, zero, zero, tl.full([BD], 0., tl.float32)
+    "Before the first step: the gradient of the state that comes in from the right, and sums of zero."
+    zero, none = tl.full([BN, BD], 0., tl.float32), tl.full([BD], 0., tl.float32)
+    return (tl.load(end + _tile(BN, BD)), zero, zero, zero), none, none
 
 # %% ../nbs/03_scan_triton.ipynb #045bdc1f
 @triton.jit
@@ -539,15 +551,15 @@ def scan_backward(u, delta, z, gy, gu, gdelta, gz, A, B, C, Bc, Cc, D, bias, sav
     B, C = _matrix(B, Bc, b, g, groups, block, L, GB, BN, BD), _matrix(C, Cc, b, g, groups, block, L, GC, BN, BD)
     D, bias = _parameter(D, g, P, i, ok), _parameter(bias, g, P, i, ok)
     io = _backward_tensors(u, delta, z, gy, gu, gdelta, gz, b, g, i)
-    sums, sum_bias = _backward_start(end + me * BN * BD, BN, BD), tl.full([BD], 0., tl.float32)
+    sums, sum_D, sum_bias = _backward_start(end + me * BN * BD, BN, BD)
     pB, pC = _slab(gB, b, g, groups, rows, L, BN, blocks), _slab(gC, b, g, groups, rows, L, BN, blocks)
     first, last, scratch = seg * span, tl.minimum((seg + 1) * span, L), scratch + me * (gap // 2) * BN * BD + _tile(BN, BD)
     for j in range(0, (last - first + gap - 1) // gap):
         lo = first + ((last - first + gap - 1) // gap - 1 - j) * gap
         h = tl.load(saved + (pid * ((L + gap - 1) // gap) + lo // gap) * BN * BD + _tile(BN, BD))
-        sums, sum_bias = _chunk(sums, sum_bias, h, lo, tl.minimum(lo + gap, last), L, ok, a, D, bias, io, B, C, pB, pC, scratch,
-                                (GB, GC, SOFTPLUS, HAS_Z, VEC, WHOLE))
-    _store_sums(sums, sum_bias, me, gstart, gA, gB, gC, gD, gbias, GB, GC)
+        sums, sum_D, sum_bias = _chunk(sums, sum_D, sum_bias, h, lo, tl.minimum(lo + gap, last), L, ok, a, D, bias, io, B, C, pB, pC,
+                                       scratch, (GB, GC, SOFTPLUS, HAS_Z, VEC, WHOLE))
+    _store_sums(sums, sum_D, sum_bias, me, gstart, gA, gB, gC, gD, gbias, GB, GC)
 
 # %% ../nbs/03_scan_triton.ipynb #015cb54d
 def _matrix_gradient(slab, constant, X, GX, plan):
