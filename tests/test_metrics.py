@@ -1,16 +1,24 @@
 """Chapter 17's benchmark metrics: each against a table of cases worked out by hand, then properties and intervals."""
+import base64
+import io
+import json
+import sys
 from fractions import Fraction as F
 from functools import partial
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from vlmamba_lite.evaluation import (COGNITION, CONTRACTIONS, PERCEPTION, bootstrap, check_pairs, circular_formula, circular_parts, draw_sum,
-                                     evalai_answer, gqa_answer, gqa_match, leave_one_out, mean_formula, mean_parts, mme_answer, mme_formula,
-                                     mme_parts, mme_pictures, mme_scores, option_letter, pope_answer, pope_formula, pope_parts, pope_scores,
-                                     scienceqa_letter, seed_letter, textvqa_accuracy, vqa_accuracy, vqa_answer, vsr_answer)
+from vlmamba_lite.evaluation import (BENCHMARKS, COGNITION, CONTRACTIONS, PAPERS, PERCEPTION, Answers, Judge, Sample, answer_all, answer_samples,
+                                     ask_text, bootstrap, check_pairs, circular_formula, circular_parts, decode_answer, draw_sum,
+                                     evalai_answer, evaluate_benchmark, gqa_answer, gqa_match, leave_one_out, mean_formula, mean_parts, mme_answer, mme_formula,
+                                     lmms_eval_model, mme_parts, mme_pictures, mme_scores, option_letter, pope_answer, pope_formula, pope_parts,
+                                     pope_scores, read_benchmark, scienceqa_letter, score, seed_letter, textvqa_accuracy, vqa_accuracy, vqa_answer, vsr_answer)
 
 few = settings(deadline=None, max_examples=30, derandomize=True)
 
@@ -401,3 +409,399 @@ def test_a_draw_sums_as_many_rows():
     parts = np.eye(5)
     drawn = draw_sum(parts, np.random.default_rng(0))
     assert drawn.sum() == 5 and (drawn == np.round(drawn)).all() and drawn.max() > 1
+
+
+# Files of the benchmarks, written small
+
+def picture_bytes(color):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(file, "png")
+    return file.getvalue()
+
+
+PIXELS = picture_bytes("red")
+TEN = [{"answer": "red", "answer_confidence": "yes", "answer_id": i} for i in range(9)] + [{"answer": "blue", "answer_confidence": "no", "answer_id": 9}]
+COCO = "val2014/COCO_val2014_000000000007.jpg"
+B64 = base64.b64encode(PIXELS).decode()
+TSV = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"]
+
+
+def lines(rows):
+    return "\n".join(map(json.dumps, rows)) + "\n"
+
+
+def table(rows):
+    return "\n".join("\t".join(map(str, row)) for row in [TSV, *rows]) + "\n"
+
+
+# name: {file: content}, a list of answers that are all right, an answer that is not
+FILES = {
+    "vqav2": ({"v2_OpenEnded_mscoco_val2014_questions.json": {"questions": [{"question_id": 70, "image_id": 7, "question": "what color?"}]},
+               "v2_mscoco_val2014_annotations.json": {"annotations": [{"question_id": 70, "answer_type": "other", "answers": TEN}]}, COCO: PIXELS},
+              ["Red."], "green"),
+    "textvqa": ({"TextVQA_0.5.1_val.json": {"data": [{"question_id": 3, "question": "what?", "image_id": "ab", "answers": ["stop"] * 10}]},
+                 "train_images/ab.jpg": PIXELS}, ["Stop"], "go"),
+    "vizwiz": ({"Annotations/val.json": [{"image": "v.jpg", "question": "what?", "answers": TEN, "answer_type": "other"}], "val/v.jpg": PIXELS},
+               ["the red"], "unanswerable"),
+    "gqa": ({"testdev_balanced_questions.json": {"g1": {"imageId": "n1", "question": "is it?", "answer": "yes"}}, "images/n1.jpg": PIXELS},
+            ["Yes."], "no"),
+    "scienceqa": ({"problems.json": {"1": {"question": "which?", "choices": ["a", "b", "c"], "answer": 2, "image": "image.png", "hint": "look"},
+                                     "2": {"question": "which?", "choices": ["a", "b"], "answer": 0, "image": None, "hint": ""}},
+                   "pid_splits.json": {"test": ["1", "2"]}, "images/test/1/image.png": PIXELS}, ["C"], "A"),
+    "pope": ({f"coco_pope_{kind}.json": lines([{"question_id": 1, "image": "p.jpg", "text": "Is there a dog?", "label": label}])
+              for kind, label in (("random", "yes"), ("popular", "yes"), ("adversarial", "no"))} | {"val2014/p.jpg": PIXELS},
+             ["Yes", "Yes", "No"], "Not sure. No"),
+    "mme": ({"count/x.txt": "One?\tYes\nTwo?\tNo\n", "count/x.jpg": PIXELS, "OCR/images/y.png": PIXELS,
+             "OCR/questions_answers_YN/y.txt": "A?\tYes\nB?\tNo\n\n"}, ["Yes", "No", "Yes", "No"], "what"),
+    "mmbench": ({"mmbench_dev.tsv": table([[5, "which?", "look", "cat", "dog", "", "", "A", "k", B64],
+                                           [1000005, "which?", "nan", "dog", "cat", "", "", "B", "k", "5"]])}, ["A", "B"], "C"),
+    "seed": ({"SEED-Bench.json": {"question_type": {"Scene": 1}, "questions": [
+        {"question_id": "s1", "question_type_id": 1, "data_type": "image", "data_id": "d1", "question": "which?", "answer": "D",
+         "choice_a": "1", "choice_b": "2", "choice_c": "3", "choice_d": "4"}, {"question_id": "s2", "data_type": "video"}]},
+        "SEED-Bench-image/d1": PIXELS}, ["D. 4"], "A"),
+    "vsr": ({"test.jsonl": lines([{"image": "c.jpg", "caption": "The cat is left of the dog.", "label": 1},
+                                  {"image": "c.jpg", "caption": "The dog is on the cat.", "label": 0}]), "images/c.jpg": PIXELS}, ["True", "no"], "maybe"),
+}
+
+
+def write_files(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else (content if isinstance(content, str) else json.dumps(content)).encode())
+    return folder
+
+
+def best(name, scores):
+    "The one number that is 1 (or all points) for a benchmark when everything is right."
+    return {"mme": lambda s: s["total"] / 400, "mmbench": lambda s: s["circular"]}.get(name, lambda s: s["accuracy"])(scores)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_published_files_are_read_and_scored(name, tmp_path):
+    files, right, wrong = FILES[name]
+    samples = read_benchmark(name, write_files(tmp_path, files))
+    assert len(samples) == len(right) == len({s.name for s in samples})
+    result = score(name, samples, right, resamples=20)
+    assert best(name, result["scores"]) == 1 and result["questions"] == len(right) and set(result["scores"]) == set(result["intervals"])
+    json.dumps(result, allow_nan=False)
+    if name != "pope":
+        assert best(name, score(name, samples, [wrong] * len(right), resamples=5)["scores"]) == 0
+    for sample in samples:
+        assert isinstance(sample.image, dict) or sample.image.is_file()
+
+
+def test_what_readers_make_of_the_files(tmp_path):
+    read = {name: read_benchmark(name, write_files(tmp_path / name, files)) for name, (files, *_) in FILES.items()}
+    assert read["vqav2"][0].answers == ("red",) * 9 + ("blue",) and read["vqav2"][0].labels == ("other",)
+    assert read["scienceqa"][0].question == "which?\nContext: look" and read["scienceqa"][0].options == ("a", "b", "c")
+    assert [s.name for s in read["pope"]] == ["random-1", "popular-1", "adversarial-1"] and read["pope"][2].labels == ("adversarial",)
+    assert [s.unit for s in read["mmbench"]] == ["5", "5"] and read["mmbench"][1].image == {"bytes": PIXELS}
+    assert read["mmbench"][0].question == "look\nwhich?" and read["mmbench"][1].question == "which?"
+    assert read["seed"][0].labels == ("Scene",) and [s.answers[0] for s in read["vsr"]] == ["true", "false"]
+    assert {s.unit for s in read["mme"]} == {"count/x", "OCR/y"}
+    assert ask_text("scienceqa", read["scienceqa"][0], True).splitlines()[2:] == ["A. a", "B. b", "C. c",
+                                                                                 "Answer with the option's letter from the given choices directly."]
+    assert ask_text("gqa", read["gqa"][0]) == "is it?" and ask_text("mm_vet", read["gqa"][0], True) == "is it?"
+
+
+def test_quoted_line_breaks_stay_in_mmbench(tmp_path):
+    write_files(tmp_path, {"a.tsv": table([[5, '"two\nlines?"', "", "cat", "dog", "", "", "A", "k", B64]])})
+    assert read_benchmark("mmbench", tmp_path)[0].question == "two\nlines?"
+
+
+def change(files, name, edit):
+    "The files with one of them edited as parsed JSON."
+    content = json.loads(json.dumps(files[name]))
+    edited = edit(content)
+    return {**files, name: content if edited is None else edited}
+
+
+HOSTILE = [
+    ("vqav2", "v2_mscoco_val2014_annotations.json", lambda c: c["annotations"].clear(), "sample 70: .*answer_type|sample 70: answers"),
+    ("vqav2", "v2_OpenEnded_mscoco_val2014_questions.json", lambda c: c["questions"].append(c["questions"][0]), "^sample 70: question_id: came before"),
+    ("vqav2", "v2_mscoco_val2014_annotations.json", lambda c: c["annotations"].append(c["annotations"][0]), "^sample 70: question_id: came before"),
+    ("vqav2", "v2_OpenEnded_mscoco_val2014_questions.json", lambda c: c["questions"][0].update(image_id="../7"), "^sample 70: image_id: got str, need int"),
+    ("vqav2", "v2_OpenEnded_mscoco_val2014_questions.json", lambda c: c["questions"][0].update(image_id=8), "^sample 70: image: no file"),
+    ("vqav2", "v2_OpenEnded_mscoco_val2014_questions.json", lambda c: c["questions"][0].update(question=" "), "^sample 70: question: got an empty text"),
+    ("vqav2", "v2_OpenEnded_mscoco_val2014_questions.json", lambda c: c["questions"].append(None), "^sample 1 of questions: question_id: got nothing"),
+    ("vqav2", "v2_OpenEnded_mscoco_val2014_questions.json", lambda c: [1], "^sample questions: questions: got nothing, need list"),
+    ("textvqa", "TextVQA_0.5.1_val.json", lambda c: c["data"][0].update(image_id="../../ab"), "need a relative one without '..'"),
+    ("textvqa", "TextVQA_0.5.1_val.json", lambda c: c["data"][0].update(answers=["x"]), "^sample 3: answers: got 1, need at least two"),
+    ("textvqa", "TextVQA_0.5.1_val.json", lambda c: c["data"][0].update(answers=[1, 2]), "^sample 3: answers: got 2, need at least two texts"),
+    ("vizwiz", "Annotations/val.json", lambda c: c[0].update(image="/etc/passwd"), "^sample /etc/passwd: image"),
+    ("vizwiz", "Annotations/val.json", lambda c: c.append(c[0]), "^sample v.jpg: image: came before"),
+    ("gqa", "testdev_balanced_questions.json", lambda c: c["g1"].pop("answer") and None, "^sample g1: answer: got NoneType, need text"),
+    ("gqa", "testdev_balanced_questions.json", lambda c: {"g1": 5}, "^sample g1: question"),
+    ("gqa", "testdev_balanced_questions.json", lambda c: [], "^sample questions: questions: got list, need dict"),
+    ("gqa", "testdev_balanced_questions.json", lambda c: c.clear(), "^data: got no questions"),
+    ("scienceqa", "problems.json", lambda c: c["1"].update(answer=3), "^sample 1: choices: got answer 3 of 3"),
+    ("scienceqa", "problems.json", lambda c: c["1"].update(answer=-1), "^sample 1: choices: got answer -1 of 3"),
+    ("scienceqa", "problems.json", lambda c: c["1"].update(answer=True), "^sample 1: answer: got bool, need int"),
+    ("scienceqa", "problems.json", lambda c: c["1"].update(image="../2/image.png"), "need a relative one"),
+    ("scienceqa", "problems.json", lambda c: c.pop("1") and None, "^sample 1: 1: got nothing, need dict"),
+    ("scienceqa", "pid_splits.json", lambda c: c["test"].append("1"), "^data: got the name 1 twice"),
+    ("seed", "SEED-Bench.json", lambda c: c["questions"][0].update(answer="AB"), "^sample s1: choices: got answer 'AB' of 4"),
+    ("seed", "SEED-Bench.json", lambda c: c["questions"][0].pop("choice_c") and None, "^sample s1: choices"),
+    ("seed", "SEED-Bench.json", lambda c: c["questions"][0].update(data_id="../d1"), "need a relative one"),
+]
+
+
+@pytest.mark.parametrize("name, file, edit, message", HOSTILE, ids=lambda x: x if isinstance(x, str) else "")
+def test_hostile_files_are_refused(name, file, edit, message, tmp_path):
+    write_files(tmp_path, change(FILES[name][0], file, edit))
+    with pytest.raises(ValueError, match=message):
+        read_benchmark(name, tmp_path)
+
+
+@pytest.mark.parametrize("name, file, content, message", [
+    ("pope", "coco_pope_random.json", '{"question_id": 1, "image": "p.jpg", "text": "a?", "label": "maybe"}', "^sample random-1: label: got 'maybe'"),
+    ("pope", "coco_pope_random.json", '{"question_id": 1}\n{"question_id": 1}', "^sample 1: question_id: came before"),
+    ("pope", "coco_pope_random.json", "{oops", "coco_pope_random.json"), ("pope", "coco_pope_random.json", b"\xff\xfe", "UTF-8|utf-8"),
+    ("vsr", "test.jsonl", '{"image": "c.jpg", "caption": "x", "label": 2}', "^sample line 0: label: got 2"), ("vsr", "test.jsonl", "[1]", "^sample line 0: label"),
+    ("vsr", "test.jsonl", '{"image": "c.jpg", "caption": "x", "label": true}', "^sample line 0: label: got True"), ("vsr", "test.jsonl", "", "^data: got no questions"),
+    ("mme", "count/x.txt", "One?\tYes\nTwo?\tmaybe", "^sample count/x, line 1: label"), ("mme", "count/x.txt", "One? Yes", "^sample count/x, line 0: label"),
+    ("mme", "count/x.png", PIXELS, "^sample x.txt: image: got 2 pictures"),
+    ("mmbench", "mmbench_dev.tsv", table([[5, "q", "", "cat", "dog", "", "", "C", "k", B64]]), "^sample 5: choices: got answer 'C' of 2"),
+    ("mmbench", "mmbench_dev.tsv", table([[5, "q", "", "cat", "dog", "", "", "A", "k", "!!"]]), "^sample 5: image: got '!!', need base64"),
+    ("mmbench", "mmbench_dev.tsv", table([["x", "q", "", "cat", "dog", "", "", "A", "k", B64]]), "^sample x: index: need a number"),
+    ("mmbench", "mmbench_dev.tsv", table([[5, "q", "", "cat", "dog", "", "", "A", "k", B64]] * 2), "^sample 5: index: came before"),
+    ("mmbench", "mmbench_dev.tsv", b"\xff", "mmbench_dev.tsv"), ("mmbench", "other.tsv", table([]), "^data: got 2 files"),
+])
+def test_damaged_files_are_refused(name, file, content, message, tmp_path):
+    write_files(tmp_path, {**FILES[name][0], file: content})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_benchmark(name, tmp_path)
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "secret.jpg").write_bytes(PIXELS)
+    root = write_files(tmp_path / "root", FILES["gqa"][0])
+    (root / "images/n1.jpg").unlink()
+    (root / "images/n1.jpg").symlink_to(tmp_path / "secret.jpg")
+    with pytest.raises(ValueError, match="leads out of the root folder"):
+        read_benchmark("gqa", root)
+
+
+def test_read_benchmark_says_what_is_missing(tmp_path):
+    for name in FILES:
+        with pytest.raises(FileNotFoundError, match="^data: "):
+            read_benchmark(name, tmp_path / "nowhere")
+        with pytest.raises(ValueError, match=f"^data: got None; {name} needs the folder"):
+            read_benchmark(name)
+    with pytest.raises(ValueError, match="^data: got .*easy_vqa is embedded"):
+        read_benchmark("easy_vqa", tmp_path)
+    with pytest.raises(ValueError, match="^benchmark: got 'imagenet', need one of easy_vqa, gqa, mm_vet"):
+        read_benchmark("imagenet", tmp_path)
+    with pytest.raises(FileNotFoundError, match="^data: got 0 files test.jsonl or "):
+        read_benchmark("vsr", tmp_path)
+
+
+def test_papers_figures_belong_to_benchmarks():
+    assert all(set(scores) <= set(BENCHMARKS) for scores in PAPERS.values())
+    assert PAPERS["VL-Mamba"]["mme"] == 1369.6 and PAPERS["ML-Mamba"]["pope"] == 88.3 and len(PAPERS["VL-Mamba"]) == 9
+
+
+# Scores by name
+
+def test_pope_shows_its_files_and_their_mean():
+    samples = [Sample(f"{kind}-{i}", "?", None, (label,), labels=(kind,)) for kind, labels in (("random", "yyn"), ("popular", "ynn"), ("adversarial", "nny"))
+               for i, label in enumerate({"y": "yes", "n": "no"}[c] for c in labels)]
+    scores = score("pope", samples, ["yes"] * 9, resamples=5)["scores"]
+    assert scores["f1, random"] == pytest.approx(4 / 5) and scores["f1, popular"] == scores["f1, adversarial"] == pytest.approx(1 / 2)
+    assert scores["f1, mean of files"] == pytest.approx(3 / 5) and scores["f1"] == pytest.approx(2 * (4 / 9) / (13 / 9)) and scores["yes_ratio"] == 1
+
+
+def test_easy_vqa_by_name_is_accuracy_by_type(small):
+    samples = read_benchmark("easy_vqa")
+    assert len(samples) == 9673
+    result = score("easy_vqa", samples, ["yes"] * 9673, resamples=50)
+    assert round(100 * result["scores"]["accuracy"], 2) == 37.33 and result["units"] == 1000 and result["unit"] == "pictures"
+    assert result["scores"]["accuracy, what color"] == 0 and len(result["scores"]) == 5
+    low, high = result["intervals"]["accuracy"]
+    assert 0.36 < low < 0.3733 < high < 0.39
+
+
+def test_score_needs_one_prediction_a_sample():
+    sample = Sample("a", "?", None, ("yes",))
+    for predictions in ([], ["yes", "no"]):
+        with pytest.raises(ValueError, match=f"^predictions: got {len(predictions)}, need 1"):
+            score("gqa", [sample], predictions)
+
+
+def test_the_judge_of_mm_vet_needs_a_model_and_a_key():
+    sample = Sample("v1", "how many?", None, ("two",), labels=("ocr", "math"))
+    for arguments in ((), (print,), (None, "key"), (print, "")):
+        with pytest.raises(ValueError, match="^judge: MM-Vet needs a language model"):
+            Judge(*arguments)
+    with pytest.raises(ValueError, match="^judge: MM-Vet needs"):
+        score("mm_vet", [sample], ["2"])
+    asked = []
+    judge = Judge(lambda prompt, key: asked.append((prompt, key)) or " 0.7\n", "k")
+    result = score("mm_vet", [sample], ["2"], judge, resamples=5)
+    assert result["scores"] == {"accuracy": 0.7, "accuracy, math": 0.7, "accuracy, ocr": 0.7}
+    assert asked[0][1] == "k" and all(text in asked[0][0] for text in ("how many?", "two", "grade: 2"))
+    for reply in ("good", "1.5", "-1", "", None, "0.5 or so"):
+        with pytest.raises(ValueError, match="^judge: got .* for question v1, need one number from 0 to 1$"):
+            score("mm_vet", [sample], ["2"], Judge(lambda prompt, key, reply=reply: reply, "k"))
+
+
+# The loop
+
+def numbered(count):
+    image = {"bytes": PIXELS}
+    return [Sample(f"q{i}", f"what is {i}?", image, (f"{i}",)) for i in range(count)]
+
+
+class Stub:
+    "Answers a question with its number, counts its batches, and is killed before batch `until`."
+
+    def __init__(self, until=None):
+        self.until, self.batches = until, []
+
+    def __call__(self, images, questions):
+        if len(self.batches) == self.until:
+            raise KeyboardInterrupt
+        self.batches.append((images, questions))
+        return [question.split()[-1][:-1] for question in questions]
+
+
+@pytest.mark.parametrize("count, batch_size", [(1, 1), (10, 3), (12, 3), (5, 16)])
+def test_answers_come_in_order_and_in_batches(count, batch_size, tmp_path):
+    stub, steps, samples = Stub(), [], numbered(count)
+    assert answer_samples(stub, samples, tmp_path / "p.jsonl", batch_size, on_step=steps.append) == [str(i) for i in range(count)]
+    assert steps == [*range(batch_size, count, batch_size), count] and [len(q) for _, q in stub.batches] == np.diff([0, *steps]).tolist()
+    written = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert written == [{"name": s.name, "question": s.question, "prediction": str(i)} for i, s in enumerate(samples)]
+    assert len({id(image) for image in stub.batches[0][0]}) == 1                              # one picture, opened once for a batch
+
+
+@pytest.mark.parametrize("until", range(4))
+@pytest.mark.parametrize("cut", [0, 1, 20, 60])
+def test_a_killed_run_goes_on_to_the_same_file(until, cut, tmp_path):
+    "Killed before any batch, and with any part of the last batch missing from the disk."
+    samples, whole, path = numbered(10), tmp_path / "whole.jsonl", tmp_path / "p.jsonl"
+    answer_samples(Stub(), samples, whole, 3)
+    with pytest.raises(KeyboardInterrupt):
+        answer_samples(Stub(until), samples, path, 3)
+    left = path.read_bytes()
+    assert left == b"".join(whole.read_bytes().splitlines(True)[:3 * until])                  # all batches that were answered are there
+    path.write_bytes(left[:len(left) - cut])
+    again = Stub()
+    assert answer_samples(again, samples, path, 3, resume=True) == [str(i) for i in range(10)]
+    assert path.read_bytes() == whole.read_bytes()
+    assert len(again.batches) == 4 - until + (1 if cut and until else 0)                      # at most one batch is done again
+
+
+def test_a_finished_file_asks_nothing_and_foreign_ones_are_refused(tmp_path):
+    samples, path = numbered(4), tmp_path / "p.jsonl"
+    answer_samples(Stub(), samples, path, 3)
+    stub = Stub()
+    answer_samples(stub, samples, path, 3, resume=True)
+    assert stub.batches == []
+    with pytest.raises(ValueError, match="^output: .* exists; resume goes on"):
+        answer_samples(stub, samples, path, 3)
+    for others in (samples[::-1], samples[:2], numbered(5)[1:]):
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match=r"^p.jsonl: line \d is no answer to question"):
+            answer_samples(stub, others, path, 3, resume=True)
+        assert path.read_bytes() == before
+    for text in ("[1]\n" * 3, '{"name": "q0"}\n' * 3, "oops\n" * 3):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="^p.jsonl"):
+            answer_samples(stub, samples, path, 3, resume=True)
+
+
+def test_a_model_that_does_not_answer_each_question_is_refused(tmp_path):
+    for i, model in enumerate((lambda images, questions: ["x"], lambda images, questions: [1] * len(questions))):
+        with pytest.raises(ValueError, match=r"^model: got \d answers, need 3 texts"):
+            answer_samples(model, numbered(3), tmp_path / f"{i}.jsonl", 3)
+
+
+def test_predictions_of_any_characters_survive(tmp_path):
+    odd = ["a\nb", "\u2028", "\ud800", "é\t\"", ""]
+    samples, path = numbered(5), tmp_path / "p.jsonl"
+    assert answer_samples(lambda images, questions: odd, samples, path, 5) == odd
+    assert answer_samples(Stub(0), samples, path, 5, resume=True) == odd
+
+
+def test_evaluate_benchmark_leaves_everything(tmp_path):
+    samples = read_benchmark("gqa", write_files(tmp_path / "data", FILES["gqa"][0]))
+    result = evaluate_benchmark(lambda images, questions: ["yes"], "gqa", samples, tmp_path / "out", suffix=True, settings={"model": "stub"})
+    kept = json.loads((tmp_path / "out/result.json").read_text())
+    assert kept["scores"] == result["scores"] == {"accuracy": 1} and {"commit", "command", "hardware", "versions", "seed", "model"} <= set(kept)
+    with pytest.raises(ValueError, match="^output: .* already holds an evaluation"):
+        evaluate_benchmark(Stub(), "gqa", samples, tmp_path / "out", suffix=True, settings={"model": "stub"})
+    with pytest.raises(ValueError, match="^suffix: got False, need True, with which this run began$"):
+        evaluate_benchmark(Stub(), "gqa", samples, tmp_path / "out", resume=True, settings={"model": "stub"})
+    again = evaluate_benchmark(Stub(0), "gqa", samples, tmp_path / "out", resume=True, suffix=True, settings={"model": "stub"})
+    assert again["scores"] == result["scores"]
+
+
+def test_mm_vet_says_at_once_that_it_needs_a_judge(tmp_path):
+    stub = Stub()
+    with pytest.raises(ValueError, match="^judge"):
+        evaluate_benchmark(stub, "mm_vet", numbered(2), tmp_path / "out")
+    assert stub.batches == [] and not (tmp_path / "out").exists()
+
+
+# The model behind the function
+
+def test_answers_are_those_of_answer_all(small, make_model):
+    model = make_model()
+    with torch.no_grad():
+        model.language.lm_head.weight.mul_(3) if hasattr(model.language, "lm_head") else None
+    images = [image for image, questions in zip(small.rows["image"], small.rows["questions"]) for _ in questions]
+    want = answer_all(model, small.data)
+    pieces = [Answers(model, 3, decode_answer)(images[i:i + 37], small.data.questions[i:i + 37]) for i in range(0, len(images), 37)]
+    assert sum(pieces, []) == want and len(set(want)) > 1
+    assert Answers(model, 3)(images[:1], small.data.questions[:1])[0] == want[0].removesuffix(" ...")
+
+
+def test_answers_read_each_picture_once(small, make_model):
+    model = make_model()
+    seen, read = [], model.read
+    model.read = lambda pixels: seen.append(len(pixels)) or read(pixels)
+    first, second = small.rows["image"][:2]
+    Answers(model, 1)([first, second, first, first], [small.data.questions[0]] * 4)
+    assert seen == [2]
+
+
+def test_answers_name_words_the_model_does_not_know(small, make_model):
+    with pytest.raises(ValueError, match="words this model has never read: zebra"):
+        Answers(make_model())([small.rows["image"][0]], ["is there a zebra?"])
+
+
+# lmms-eval
+
+def test_lmms_eval_gets_a_model(small, make_model, tmp_path, monkeypatch):
+    "Against a stub of its registry and base class, with requests as it makes them."
+    registered = {}
+
+    def register_model(name):
+        return lambda kind: registered.setdefault(name, kind)
+
+    modules = {name: ModuleType(name) for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model", "lmms_eval.api.registry")}
+    modules["lmms_eval.api.model"].lmms = type("lmms", (), {"task_dict": {}})
+    modules["lmms_eval.api.registry"].register_model = register_model
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    make_model().save_pretrained(tmp_path)
+    kind = lmms_eval_model()
+    assert registered == {"vlmamba": kind}
+    model = kind(pretrained=str(tmp_path), batch_size="2", max_new_tokens=2)
+    model.task_dict = {"easy": {"test": list(small.rows["image"][:3])}}
+    requests = [SimpleNamespace(args=(small.data.questions[0], {"until": ["x"]}, lambda doc: [doc], i, "easy", "test")) for i in range(3)]
+    assert model.generate_until(requests) == Answers(make_model(), 2)(list(small.rows["image"][:3]), [small.data.questions[0]] * 3)
+    requests[1].args = (*requests[1].args[:2], lambda doc: [doc, doc], *requests[1].args[3:])
+    with pytest.raises(ValueError, match="^requests: got 2 pictures in one, need one$"):
+        model.generate_until(requests)
+    for method in (model.loglikelihood, model.generate_until_multi_round):
+        with pytest.raises(NotImplementedError):
+            method([])
+
+
+def test_lmms_eval_says_when_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    with pytest.raises(ModuleNotFoundError, match="^lmms_eval_model needs lmms-eval, which is not installed"):
+        lmms_eval_model()

@@ -449,8 +449,8 @@ def read_table(root, *names):
             csv.field_size_limit(100_000_000)                                  # pictures stand in the table
             return list(csv.DictReader(io.StringIO(text.decode("utf-8-sig"), newline=""), delimiter="\t"))
         if files[0].suffix == ".jsonl" or files[0].name.startswith("coco_pope"):
-            return [parse_json(line, files[0].name) for line in text.splitlines() if line.strip()]
-        return parse_json(text, files[0].name)
+            return [parse_json(line, files[0]) for line in text.splitlines() if line.strip()]
+        return parse_json(text, files[0])
 
 # %% ../nbs/17_evaluation.ipynb #c262046b
 def by_name(records, key, source):
@@ -507,10 +507,10 @@ def read_gqa(root):
 # %% ../nbs/17_evaluation.ipynb #da0417df
 def choice(options, answer, name):
     "The letter of the right option, given as number or letter; SampleError unless there are two to five texts and it is one of them."
-    answer = "ABCDE".index(answer) if isinstance(answer, str) and answer in ("A", "B", "C", "D", "E") else answer
-    if not 2 <= len(options) <= 5 or not all(isinstance(o, str) for o in options) or answer not in range(len(options)):
+    place = "ABCDE".index(answer) if answer in ("A", "B", "C", "D", "E") else answer
+    if not 2 <= len(options) <= 5 or not all(isinstance(o, str) for o in options) or place not in range(len(options)):
         raise fault(name, "record", f"choices: got answer {answer!r} of {len(options)}, need two to five texts and one of them")
-    return "ABCDE"[answer]
+    return "ABCDE"[place]
 
 # %% ../nbs/17_evaluation.ipynb #7f9e6a0d
 def read_scienceqa(root):
@@ -870,13 +870,13 @@ def start_folder(folder, resume, settings):
     return folder
 
 # %% ../nbs/17_evaluation.ipynb #29726cfb
-def evaluate_benchmark(model, name, samples, folder, batch_size=16, resume=False, suffix=False, judge=None, seed=0, on_step=None, **settings):
+def evaluate_benchmark(model, name, samples, folder, batch_size=16, resume=False, suffix=False, judge=None, seed=0, on_step=None, settings=None):
     """Asks `model(images, questions)` all samples of a benchmark and scores it; returns the result (see `score`).
 
-    Leaves run_config.json, predictions.jsonl and result.json in `folder`; `settings` are written there as well. suffix: as of `ask_text`.
+    Leaves run_config.json, predictions.jsonl and result.json in `folder`; `settings` (a dict: the model's name, say) are written there as well. suffix: as of `ask_text`.
     """
     pick_benchmark(name).rate or judge or Judge()                               # MM-Vet without a judge says so now, not at the end
-    settings = dict(benchmark=name, questions=len(samples), batch_size=batch_size, suffix=suffix, **settings)
+    settings = dict(benchmark=name, questions=len(samples), batch_size=batch_size, suffix=suffix, **(settings or {}))
     folder = start_folder(folder, resume, settings)
     predictions = answer_samples(model, samples, folder / "predictions.jsonl", batch_size, resume, partial(ask_text, name, suffix=suffix), on_step)
     result = {**settings, **score(name, samples, predictions, judge, seed), "seed": seed}
