@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['console', 'app', 'bench', 'Output', 'Repeats', 'Seed', 'Threads', 'sets', 'Mistakes', 'ask', 'run_folder',
-           'pick_device', 'prepare', 'TrainingBar', 'finish', 'print_result', 'run_training', 'train', 'bench_prefix',
-           'record', 'bench_scan', 'bench_ssd', 'bench_block', 'bench_directions', 'bench_scaling', 'kernel_table',
-           'bench_kernels', 'main', 'data_check', 'bench_loader', 'step_seconds', 'batch_seconds']
+           'pick_device', 'prepare', 'TrainingBar', 'finish', 'print_result', 'run_training', 'train', 'run_eval',
+           'print_scores', 'eval_model', 'bench_prefix', 'record', 'bench_scan', 'bench_ssd', 'bench_block',
+           'bench_directions', 'bench_scaling', 'kernel_table', 'bench_kernels', 'main', 'data_check', 'bench_loader',
+           'step_seconds', 'batch_seconds']
 
 # %% ../nbs/20_command_line.ipynb #193102e3
 import json
@@ -182,6 +183,51 @@ def train(preset: Annotated[str, typer.Option(help="lite, or tiny for a quick lo
     console.print(f"{result['train_cpu_seconds'] / 60:.1f} CPU minutes, {result['train_wall_seconds'] / 60:.1f} minutes of training. "
                   f"Everything is in {folder}. Talk to the model:\n  vlmamba ask {shlex.quote(str(folder))} picture.png \"what color is the shape?\"",
                   soft_wrap=True, markup=False)
+
+# %% ../nbs/20_command_line.ipynb #9e8b0818
+def run_eval(model, benchmark, data, output, batch_size, limit, tokens, suffix, device, resume):
+    "Asks a saved model a benchmark, with a progress bar; returns (folder, result)."
+    from vlmamba_lite.evaluation import Answers, decode_answer, decode_plain, evaluate_benchmark, read_benchmark
+    from vlmamba_lite.model import VLMamba
+    folder = Path(output) if output is not None else Path(model) / "eval" / benchmark
+    samples, device = read_benchmark(benchmark, data)[:limit], pick_device(device)
+    easy = benchmark == "easy_vqa"                                        # there an answer must end, as in `vlmamba train`
+    answers = Answers(VLMamba.from_pretrained(model, device), 3 if easy else tokens, decode_answer if easy else decode_plain)
+    settings = dict(model=str(model), data=data and str(data), max_new_tokens=answers.max_new_tokens, limit=limit)
+    with Progress(TextColumn(benchmark), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+                  console=console) as bar:
+        task = bar.add_task(benchmark, total=len(samples))
+        result = evaluate_benchmark(answers, benchmark, samples, folder, batch_size, resume, suffix, settings=settings,
+                                    on_step=lambda done: bar.update(task, completed=done))
+    return folder, result
+
+# %% ../nbs/20_command_line.ipynb #4e851309
+def print_scores(result):
+    "Scores with their intervals: per cent, MME in points."
+    scale = 1 if result["benchmark"] == "mme" else 100
+    table = Table(f"{result['benchmark']}, {result['questions']} questions", "points" if scale == 1 else "%", "95 % interval")
+    for name, value in result["scores"].items():
+        low, high = result["intervals"][name]
+        table.add_row(name, f"{scale * value:.2f}", f"{scale * low:.2f} to {scale * high:.2f}")
+    console.print(table)
+
+# %% ../nbs/20_command_line.ipynb #06235b1d
+@app.command("eval")
+def eval_model(model: Annotated[Path, typer.Argument(help="the folder of a trained model, runs/<name>")],
+               benchmark: Annotated[str, typer.Option(help="easy_vqa, vqav2, gqa, textvqa, vizwiz, scienceqa, pope, mme, mmbench, seed or vsr")],
+               data: Annotated[Path | None, typer.Option(help="the folder of the benchmark's files; easy_vqa needs none")] = None,
+               output: Annotated[Path | None, typer.Option(help="where to write  [default: MODEL/eval/BENCHMARK]")] = None,
+               batch_size: Annotated[int, typer.Option(min=1, help="questions at a time")] = 64,
+               limit: Annotated[int | None, typer.Option(min=1, help="only the first questions")] = None,
+               tokens: Annotated[int, typer.Option(min=1, help="new tokens an answer has at most (easy_vqa: 3)")] = 16,
+               suffix: Annotated[bool, typer.Option("--suffix", help="add what LLaVA-1.5 adds to the questions of the benchmark")] = False,
+               device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+               resume: Annotated[bool, typer.Option("--resume", help="go on where the folder stopped")] = False):
+    "Measures a trained model on a benchmark: predictions, scores and intervals."
+    with Mistakes():
+        folder, result = run_eval(model, benchmark, data, output, batch_size, limit, tokens, suffix, device, resume)
+    print_scores(result)
+    console.print(f"predictions.jsonl and result.json are in {folder}", soft_wrap=True, markup=False)
 
 # %% ../nbs/20_command_line.ipynb #7837082a
 bench = typer.Typer(no_args_is_help=True, help="Measure, and write a result file.")
