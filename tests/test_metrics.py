@@ -805,3 +805,62 @@ def test_lmms_eval_says_when_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "lmms_eval", None)
     with pytest.raises(ModuleNotFoundError, match="^lmms_eval_model needs lmms-eval, which is not installed"):
         lmms_eval_model()
+
+
+# vlmamba eval
+
+def vlmamba(*arguments):
+    "The command in this process."
+    from typer.testing import CliRunner
+
+    from vlmamba_lite.cli import app
+    said = CliRunner().invoke(app, [str(a) for a in arguments])
+    return SimpleNamespace(code=said.exit_code, out=said.output, err=said.stderr)
+
+
+@pytest.fixture
+def saved(small, make_model, tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_eval_of_easy_vqa_is_what_training_reports(small, make_model, saved, monkeypatch):
+    "The same accuracies as `evaluate` on the same questions, by type; the folder holds predictions, settings and result."
+    import vlmamba_lite.evaluation as evaluation
+    monkeypatch.setattr(evaluation, "load_easy_vqa", lambda split: small.rows)
+    said = vlmamba("eval", saved, "--benchmark", "easy_vqa", "--device", "cpu", "--batch-size", 50)
+    assert said.code == 0 and "accuracy, what shape" in said.out, said.out
+    folder = saved / "eval/easy_vqa"
+    result = json.loads((folder / "result.json").read_text())
+    mine = {name.removeprefix("accuracy, "): value for name, value in result["scores"].items()}
+    theirs = evaluation.evaluate(make_model(), small.data)
+    assert {name.replace("accuracy", "all"): value for name, value in mine.items()} == pytest.approx(theirs)
+    assert result["questions"] == len(small.data.answers) and result["units"] == 40 and result["unit"] == "pictures"
+    assert {p.name for p in folder.iterdir()} == {"predictions.jsonl", "result.json", "run_config.json"}
+    again = vlmamba("eval", saved, "--benchmark", "easy_vqa", "--device", "cpu", "--batch-size", 50)
+    assert again.code == 2 and "already holds an evaluation" in again.err
+    before = (folder / "predictions.jsonl").read_bytes()
+    (folder / "predictions.jsonl").write_bytes(before[:5000])
+    assert vlmamba("eval", saved, "--benchmark", "easy_vqa", "--device", "cpu", "--batch-size", 50, "--resume").code == 0
+    assert (folder / "predictions.jsonl").read_bytes() == before
+
+
+def test_eval_of_files_with_words_the_model_knows(small, saved, tmp_path):
+    image = small.rows["image"][0]
+    image.save(tmp_path / "n1.jpg")
+    asked = {"g1": {"imageId": "n1", "question": small.data.questions[0], "answer": "red"}}
+    data = write_files(tmp_path / "data", {"testdev_balanced_questions.json": asked, "images/n1.jpg": (tmp_path / "n1.jpg").read_bytes()})
+    said = vlmamba("eval", saved, "--benchmark", "gqa", "--data", data, "--output", tmp_path / "out", "--device", "cpu", "--tokens", 2)
+    assert said.code == 0 and "gqa, 1 questions" in said.out, said
+    assert json.loads((tmp_path / "out/result.json").read_text())["benchmark"] == "gqa"
+
+
+def test_eval_says_what_is_wrong_in_one_line(saved, tmp_path):
+    data = write_files(tmp_path / "data", FILES["gqa"][0])
+    for arguments, message in (((saved, "--benchmark", "imagenet"), "benchmark: got 'imagenet', need one of"),
+                               ((saved, "--benchmark", "gqa"), "data: got None; gqa needs the folder"),
+                               ((saved, "--benchmark", "gqa", "--data", tmp_path / "no"), "data: no folder"),
+                               ((tmp_path / "no", "--benchmark", "gqa", "--data", data), "model: no folder"),
+                               ((saved, "--benchmark", "gqa", "--data", data, "--suffix"), "words this model has never read")):
+        said = vlmamba("eval", *arguments, "--device", "cpu", "--output", tmp_path / f"out{len(message)}")
+        assert said.code == 2 and message in said.err and said.err.count("\n") == 1, said
