@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vlmamba_lite.connector import connector_sight
-from vlmamba_lite.data import EOS, encode_prompt, normalize, process_images
-from vlmamba_lite.language_model import MambaConfig, next_token_loss
+from vlmamba_lite.data import (EOS, Conversation, ask_ids, byte_tokenizer, encode_conversation, encode_prompt, normalize,
+                               process_images)
+from vlmamba_lite.language_model import MambaConfig, load_state, next_token_loss, save_state
 from vlmamba_lite.model import (CONNECTORS, MODEL_PRESETS, VLMamba, VLMambaConfig, lite_config, model_files, picture_tokens,
                                 plot_model_sight, read_config, tiny_config, write_atomically)
 from vlmamba_lite.msc import MambaScanConnector
@@ -235,6 +236,214 @@ def test_a_question_it_cannot_read(make_model, question, match):
         with pytest.raises(ValueError, match=match) as error:
             model.ask(seen, question)
         assert "\n" not in str(error.value)
+
+
+# Conversations, several pictures, batches: each against everything read at once
+
+def talker(mixer="mamba2", dtype=torch.float32, n_layer=2):
+    "A tiny model that speaks bytes, with random weights."
+    config = tiny_config(257)
+    config.language = MambaConfig(16, n_layer, 257, 1, mixer, embedding_std=0.01, mixer_args={
+        "mamba": dict(d_state=4), "mamba2": dict(d_state=8, headdim=8, chunk_size=32), "attention": dict(headdim=8)}[mixer])
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return VLMamba(config, byte_tokenizer()).to(dtype).eval()
+
+
+def pixels_of(image, model):
+    return normalize(process_images([image], 64)).to(model.dtype)
+
+
+def photos():
+    return [picture((64, 64)), picture((30, 50), "L"), picture((90, 20))]
+
+
+def same_state(got, want, limit):
+    assert len(got) == len(want)
+    for a, b in zip(got, want):
+        assert type(a) is type(b)
+        assert all(torch.equal(x, y) if x.dtype == torch.bool else rms_error(x, y) < limit for x, y in zip(a, b))
+
+
+@torch.no_grad()
+def at_once(model, pieces):
+    "Pictures and lists of ids as one sequence, with no state at all. -> logits of everything, the state behind it"
+    x = [model.see(pixels_of(piece, model)) if isinstance(piece, Image.Image) else model.language.embed(torch.tensor([piece]))
+         for piece in pieces if piece != []]
+    out = model.language(inputs_embeds=torch.cat(x, 1))
+    return out.logits[0], out.state
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention"])
+@pytest.mark.parametrize("template", ["zephyr", "llava"])
+@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=str)
+def test_a_chat_is_one_sequence(mixer, template, dtype, limit):
+    "Every turn's words, and the state in the end, are those of the whole conversation read in one piece."
+    model, (first, second, _) = talker(mixer, dtype), photos()
+    chat = model.chat(first, template=template)
+    pieces, done = [first], 0
+    for turn, text in enumerate(("Who?", "And this?", "Why, then?")):
+        if turn == 1:
+            pieces, done = [*pieces, chat.ids[done:], second], len(chat.ids)
+            chat.show(second)
+        before = list(chat.ids)
+        answer = chat.say(text, 5)
+        asked = ask_ids(chat.speech.codec, chat.speech.template, text, "", not before)
+        spoken = chat.ids[len(before) + len(asked):]
+        assert chat.ids[:len(before) + len(asked)] == before + asked and spoken[-1] == chat.speech.codec.eos_id
+        assert answer == model.tokenizer.decode(spoken).removeprefix(chat.speech.template.space)
+        logits, _ = at_once(model, [*pieces, chat.ids[done:]])
+        wanted = logits[-len(spoken) - 1:-1].argmax(-1).tolist()                       # the most likely next token, everywhere
+        assert wanted[:len(spoken) - 1] == spoken[:-1]
+    same_state(chat.state, at_once(model, [*pieces, chat.ids[done:]])[1], limit)
+    assert [text for text, _ in chat.turns] == ["Who?", "And this?", "Why, then?"]
+
+
+def test_a_chat_repeats_the_rows_it_was_trained_on():
+    "The ids of a conversation are those of chapter 14's training row of the same turns."
+    for template in ("zephyr", "llava"):
+        model, turns = talker(), [("Who is it?", "A cat."), ("Why?", "Because\u2026")]
+        chat = model.chat(picture(), template=template)
+        for text, answer in turns:
+            space = "" if template == "zephyr" else " "
+            ids = model.tokenizer.encode(space + answer, add_special_tokens=False).ids + [model.tokenizer.token_to_id("<|endoftext|>")]
+            model.language.stream = lambda *_, ids=ids, **__: iter(torch.tensor(ids)[:, None])
+            pieces = list(chat.stream(text))
+            assert "".join(pieces) == answer == chat.turns[-1][1] and all("\ufffd" not in piece for piece in pieces)
+        row, = encode_conversation(Conversation("c", [picture()], turns), model.tokenizer, template)
+        assert chat.ids == row.input_ids
+
+
+def test_a_turn_reads_only_its_own_tokens(monkeypatch):
+    model, read = talker(n_layer=1), []
+    hidden, step = model.language.hidden, model.language.step
+    monkeypatch.setattr(model.language, "hidden", lambda input_ids=None, inputs_embeds=None, **rest: (
+        read.append((input_ids if inputs_embeds is None else inputs_embeds).shape[1]), hidden(input_ids, inputs_embeds, **rest))[1])
+    monkeypatch.setattr(model.language, "step", lambda *args: (read.append(0.5), step(*args))[1])
+    chat = model.chat(picture())
+    assert read == [64]
+    lengths = []
+    for _ in range(4):
+        read.clear()
+        before = len(chat.ids)
+        chat.say("Who is it?", 6)
+        lengths.append(sum(n for n in read if n != 0.5))
+        assert sum(n == 0.5 for n in read) <= 5 and lengths[-1] <= len(chat.ids) - before + 10
+    assert lengths[1] == lengths[2] == lengths[3]                                      # the fourth turn costs what the second did
+    read.clear()
+    waiting = len(chat.pending)
+    assert chat.state is chat.state and read == [waiting] and waiting <= 8             # the last answer, its end, one token before it
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention"])
+def test_a_chat_goes_on_from_disk(tmp_path, mixer):
+    "Saved in the middle and taken up by a model that was loaded, it ends as the one that was never interrupted."
+    model = talker(mixer)
+    model.save_pretrained(tmp_path / "model")
+    straight, broken = model.chat(picture()), model.chat(picture())
+    for chat in (straight, broken):
+        chat.say("Who?", 4)
+    save_state(broken.state, tmp_path / "chat.safetensors")
+    later = VLMamba.from_pretrained(tmp_path / "model").chat(state=load_state(tmp_path / "chat.safetensors"), begun=True)
+    assert later.say("And why?", 6) == straight.say("And why?", 6)
+    same_state(later.state, straight.state, 1e-5)
+    sizes = {sum(p.numel() for layer in s for p in layer) for s in (broken.state, straight.state, model.read_image(picture()))}
+    assert (len(sizes) == 1) == (mixer != "attention")
+
+
+def test_a_picture_is_asked_again_from_disk(make_model, tmp_path):
+    model = make_model().eval()
+    save_state(model.read_image(picture()), tmp_path / "photo.safetensors")
+    again = load_state(tmp_path / "photo.safetensors")
+    for question in (QUESTION, "is there a circle?"):
+        assert model.ask(again, question) == model.ask(picture(), question)
+    assert (tmp_path / "photo.safetensors").stat().st_size < 20_000
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention"])
+def test_pictures_one_after_another(mixer):
+    model, state = talker(mixer, torch.float64), None
+    for image in photos():
+        state = model.read_image(image, state)
+    same_state(state, at_once(model, photos())[1], 1e-10)
+    other = model.read_image(photos()[0], model.read_image(photos()[1]))
+    assert rms_error(other[0][0].double(), model.read_image(photos()[1], model.read_image(photos()[0]))[0][0].double()) > 1e-3
+
+
+def test_turns_that_stand_alone(make_model):
+    "The template of our own models: each question continues the picture, as in training."
+    model = make_model().eval()
+    chat = model.chat(picture())
+    for question in (QUESTION, "is there a circle?", QUESTION):
+        assert chat.say(question, 4) == model.ask(picture(), question, 4)
+    same_state(chat.state, model.read_image(picture()), 1e-6)
+    assert len(chat.turns) == 3
+    with pytest.raises(ValueError, match="^question: got words this model has never read"):
+        chat.say("what colour is the lorry?")
+    assert len(chat.turns) == 3 and chat.say(QUESTION, 4) == model.ask(picture(), QUESTION, 4)
+
+
+def test_an_answer_that_is_not_waited_for():
+    "A stream that is left in the middle: the conversation goes on from what was said."
+    model = talker(dtype=torch.float64)
+    chat = model.chat(picture())
+    for piece in chat.stream("Tell me", 30, temperature=1., generator=torch.Generator().manual_seed(0)):
+        if piece:
+            break
+    chat.say("Go on", 3)
+    assert len(chat.turns) == 2
+    same_state(chat.state, at_once(model, [picture(), chat.ids])[1], 1e-10)
+    assert len(model.chat().say("No picture", 3)) >= 0                                 # nor does it need one
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention"])
+def test_a_batch_of_questions_is_each_alone(mixer):
+    model, (a, b, c) = talker(mixer, torch.float64), photos()
+    questions = ["Who?", "What is this, and why is it here?", "A", "Where is the other one?"]
+    assert model.ask_all(a, questions, 6) == [model.ask(a, question, 6) for question in questions]
+    state = model.read_image(b)
+    g = torch.Generator().manual_seed(0)
+    wild = [[type(s)(*(t if t.dtype == torch.bool else 3 * torch.randn(t.shape, generator=g, dtype=t.dtype) for t in s)) for s in state]
+            for _ in questions]                                                        # as different as pictures can be
+    for images in (state, [a, state, c, a], wild):
+        each = images if images is not state else [state] * 4
+        assert model.ask_all(images, questions, 6) == [model.ask(image, question, 6) for image, question in zip(each, questions)]
+    assert len(set(model.ask_all(wild, ["Who?"] * 4, 12))) == 4                         # each its own
+
+
+def test_a_batch_reads_each_picture_once(make_model, monkeypatch):
+    model, (a, b, _) = make_model().eval(), photos()
+    calls, read = [], model.read
+    monkeypatch.setattr(model, "read", lambda *args: (calls.append(1), read(*args))[1])
+    answers = model.ask_all([a, b, a, a], [QUESTION, QUESTION, "is there a circle?", QUESTION])
+    assert len(calls) == 2 and answers[0] == answers[3]
+    with pytest.raises(ValueError, match="^images: got 2 for 3 questions, need one for all or one for each$"):
+        model.ask_all([a, b], [QUESTION] * 3)
+    with pytest.raises(ValueError, match="^images: got str for 1 questions"):
+        model.ask_all("a.png", [QUESTION])
+    with pytest.raises(ValueError, match="^questions: got none, need at least one$"):
+        model.ask_all(a, [])
+
+
+@pytest.mark.parametrize("other", [dict(mixer="mamba"), dict(n_layer=3), dict(mixer="attention")], ids=str)
+def test_a_state_of_another_model(other):
+    model, state = talker(), talker(**other).read_image(picture())
+    calls = (lambda: model.ask(state, "Who?"), lambda: model.chat(state=state), lambda: model.read_image(picture(), state),
+             lambda: model.ask_all([state], ["Who?"]), lambda: model.chat(state))
+    for call in calls:
+        with pytest.raises(ValueError, match="^state: got .* need 2 of Mamba2State .*; it is from another model$") as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def test_a_state_of_another_width_or_none_at_all(make_model):
+    wide = VLMamba(lite_config(257), talker().tokenizer).eval().read_image(picture())
+    for state in (wide, wide[:2], []):
+        with pytest.raises(ValueError, match="it is from another model$"):
+            talker().ask(state, "Who?")
+    for junk in ("a.png", None, [1, 2], torch.zeros(2)):
+        with pytest.raises(ValueError, match="^image: got .*, need a PIL picture, or a state from read_image$"):
+            talker().ask(junk, "Who?")
 
 
 # Configurations
