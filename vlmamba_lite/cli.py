@@ -224,8 +224,12 @@ def eval_model(model: Annotated[Path, typer.Argument(help="the folder of a train
                device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
                resume: Annotated[bool, typer.Option("--resume", help="go on where the folder stopped")] = False):
     "Measures a trained model on a benchmark: predictions, scores and intervals."
-    with Mistakes():
-        folder, result = run_eval(model, benchmark, data, output, batch_size, limit, tokens, suffix, device, resume)
+    try:
+        with Mistakes():
+            folder, result = run_eval(model, benchmark, data, output, batch_size, limit, tokens, suffix, device, resume)
+    except KeyboardInterrupt:
+        console.print("stopped; the answers so far are kept. Go on with the same command and --resume", soft_wrap=True)
+        raise typer.Exit(130) from None
     print_scores(result)
     console.print(f"predictions.jsonl and result.json are in {folder}", soft_wrap=True, markup=False)
 
