@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlmamba_lite.evaluation import (BENCHMARKS, COGNITION, CONTRACTIONS, PAPERS, PERCEPTION, Answers, Judge, Sample, answer_all, answer_samples,
-                                     ask_text, bootstrap, check_pairs, circular_formula, circular_parts, decode_answer, draw_sum,
+                                     ask_text, bootstrap, check_pairs, circular_formula, circular_parts, decode_answer, distinct, draw_sum,
                                      evalai_answer, evaluate_benchmark, gqa_answer, gqa_match, leave_one_out, mean_formula, mean_parts, mme_answer, mme_formula,
                                      lmms_eval_model, mme_parts, mme_pictures, mme_scores, option_letter, pope_answer, pope_formula, pope_parts,
                                      pope_scores, read_benchmark, scienceqa_letter, score, seed_letter, textvqa_accuracy, vqa_accuracy, vqa_answer, vsr_answer)
@@ -39,6 +39,7 @@ WRITTEN = [
     ("1,000", "1000"), ("1,000-2,000", "10002000", "1000 2000"), ("red,blue", "red blue", "redblue"), ("red, blue", "red blue"),
     ("red ,blue", "red blue"), ("1,a", "1", "1a"),                                                      # a comma makes "a" an article
     ("red/blue", "red blue"), ("red / blue", "red blue"), ("red/blue / green", "redblue green"),
+    ("red /blue/green", "red bluegreen"), ("red/ blue/green", "red bluegreen"),
     ("t-shirt", "t shirt"), ("t-shirt - blue", "tshirt blue"), ("(red)", "red"), ("[1]", "1"), ("50%", "50%"), ("$5", "$5"), ("#1", "#1"),
     ("12:30", "12:30"), ("a & b", "& b"), ("x=1", "x 1"), ("c++", "c"), ("\"stop\"", "stop"), ("me@home", "me home"), ("one_two", "1 2"),
     ("one-two", "1 2"), ("what?ever", "what ever", "whatever"), ("dont.", "don't"), ("é.", "é"), ("2.0.", "2.0"),
@@ -758,6 +759,13 @@ def test_answers_are_those_of_answer_all(small, make_model):
     assert Answers(model, 3)(images[:1], small.data.questions[:1])[0] == want[0].removesuffix(" ...")
 
 
+def test_distinct_pictures_by_hand():
+    a, b, c = (Image.new("RGB", (2, 2), color) for color in ("red", "red", "blue"))            # a and b are equal, and two pictures all the same
+    assert distinct([a, a, b]) == ([a, b], [0, 0, 1]) and distinct([c]) == ([c], [0])
+    pictures, which = distinct([a, b, a, c, b])
+    assert which == [0, 1, 0, 2, 1] and all(x is y for x, y in zip(pictures, (a, b, c))) and len(pictures) == 3
+
+
 def test_answers_read_each_picture_once(small, make_model):
     model = make_model()
     seen, read = [], model.read
@@ -864,3 +872,22 @@ def test_eval_says_what_is_wrong_in_one_line(saved, tmp_path):
                                ((saved, "--benchmark", "gqa", "--data", data, "--suffix"), "words this model has never read")):
         said = vlmamba("eval", *arguments, "--device", "cpu", "--output", tmp_path / f"out{len(message)}")
         assert said.code == 2 and message in said.err and said.err.count("\n") == 1, said
+
+
+def test_eval_stopped_by_ctrl_c_says_how_to_go_on(small, saved, monkeypatch):
+    import vlmamba_lite.evaluation as evaluation
+    monkeypatch.setattr(evaluation, "load_easy_vqa", lambda split: small.rows)
+    whole, calls = evaluation.append_batch, []
+
+    def stopped(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(evaluation, "append_batch", stopped)
+    arguments = ("eval", saved, "--benchmark", "easy_vqa", "--device", "cpu", "--batch-size", 20)
+    said = vlmamba(*arguments)
+    assert said.code == 130 and "Go on with the same command and --resume" in said.out
+    assert len((saved / "eval/easy_vqa/predictions.jsonl").read_text().splitlines()) == 40
+    assert vlmamba(*arguments, "--resume").code == 0 and len(calls) == 3 + -(-(len(small.data.answers) - 40) // 20)
