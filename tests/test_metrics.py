@@ -891,3 +891,36 @@ def test_eval_stopped_by_ctrl_c_says_how_to_go_on(small, saved, monkeypatch):
     assert said.code == 130 and "Go on with the same command and --resume" in said.out
     assert len((saved / "eval/easy_vqa/predictions.jsonl").read_text().splitlines()) == 40
     assert vlmamba(*arguments, "--resume").code == 0 and len(calls) == 3 + -(-(len(small.data.answers) - 40) // 20)
+
+
+# What else a file may hold
+
+def test_mm_vet_is_read_by_capability(tmp_path):
+    record = {"imagename": "v1_0.png", "question": "how many?", "answer": "two<AND>left", "capability": ["ocr", "math"]}
+    files = {"mm-vet.json": {"v1_0": record}, "images/v1_0.png": PIXELS}
+    sample, = read_benchmark("mm_vet", write_files(tmp_path, files))
+    assert (sample.name, sample.answers, sample.labels) == ("v1_0", ("two<AND>left",), ("ocr", "math"))
+    write_files(tmp_path, {"mm-vet.json": {"v1_0": {**record, "imagename": "../v1_0.png"}}})
+    with pytest.raises(ValueError, match="^sample v1_0: image: got the path"):
+        read_benchmark("mm_vet", tmp_path)
+
+
+def test_a_broken_picture_is_named_and_the_answers_before_it_are_kept(tmp_path):
+    samples = numbered(5)
+    samples[4] = Sample("bad", "what?", {"bytes": b"hello"}, ("x",))
+    with pytest.raises(ValueError, match="^sample bad: image"):
+        answer_samples(Stub(), samples, tmp_path / "p.jsonl", 2)
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4
+
+
+@few
+@given(st.lists(st.sampled_from(["red", "Red.", "the red", "two", "2", "1,000", "a/b", "dont", ""]), min_size=2, max_size=10),
+       st.sampled_from(["red", "two", "1000", "a b", "don't", "x"]))
+def test_soft_accuracy_against_a_slow_twin(answers, prediction):
+    "Each person in turn is left out, and the others are asked one by one."
+    clean, said = [evalai_answer(a) for a in answers], evalai_answer(prediction)
+    total = F(0)
+    for i in range(len(clean)):
+        agree = sum(1 for j, other in enumerate(clean) if j != i and other == said)
+        total += min(F(1), F(agree, 3))
+    assert textvqa_accuracy(prediction, answers) == pytest.approx(float(total / len(clean)))

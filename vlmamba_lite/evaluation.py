@@ -156,7 +156,7 @@ def plot_samples(predictions, data, rows, path=None):
 
 # %% ../nbs/17_evaluation.ipynb #d89e52a2
 def leave_one_out(prediction, answers):
-    "Soft accuracy of one answer in [0, 1]: mean over annotators i of min(1, matches among the others / 3) (VQA, arXiv 1505.00468, section 3)."
+    "Soft accuracy of one answer in [0, 1]: mean over annotators i of min(1, matches among the others / 3) (VQA, arXiv 1505.00468)."
     if len(answers) < 2:
         raise ValueError(f"answers: got {len(answers)}, need at least 2: one is left out")
     matches = [answer == prediction for answer in answers]
