@@ -3,11 +3,13 @@ import json
 import pickle
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -15,8 +17,8 @@ from vlmamba_lite.connector import connector_sight
 from vlmamba_lite.data import (EOS, Conversation, ask_ids, byte_tokenizer, encode_conversation, encode_prompt, normalize,
                                process_images)
 from vlmamba_lite.language_model import MambaConfig, load_state, next_token_loss, save_state
-from vlmamba_lite.model import (CONNECTORS, MODEL_PRESETS, VLMamba, VLMambaConfig, lite_config, model_files, picture_tokens,
-                                plot_model_sight, read_config, tiny_config, write_atomically)
+from vlmamba_lite.model import (CONNECTORS, MODEL_PRESETS, VLMamba, VLMambaConfig, lite_config, model_card, model_files,
+                                picture_tokens, plot_model_sight, read_config, tiny_config, write_atomically)
 from vlmamba_lite.msc import MambaScanConnector
 
 COMBINATIONS = [(connector, mixer) for connector in CONNECTORS for mixer in ("mamba", "mamba2")]
@@ -708,3 +710,104 @@ def test_another_connector_than_the_weights(saved, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "connector": "mlp", "connector_args": {}}))
     refused(folder, ValueError, "model.safetensors.*connector")
+
+
+# For others: the card and the Hub, whose API is a stand-in here
+
+def test_a_card(make_model, tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path, card="somebody/tiny")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["README.md", *FILES]
+    text = (tmp_path / "README.md").read_text()
+    assert all((tmp_path / name).read_bytes() == (tmp_path / "plain" / name).read_bytes() for name in FILES)
+    metadata, body = text.removeprefix("---\n").split("---\n", 1)
+    assert metadata.splitlines() == ["library_name: vlmamba_lite", "pipeline_tag: image-text-to-text", "tags:", "- vl-mamba", "- mamba2"]
+    total = sum(p.numel() for p in model.parameters())
+    assert f"{total:,}" in body and 'from_pretrained("somebody/tiny")' in body and "`vss_l2`" in body
+    assert "\nimport vlmamba_lite.model\n" in body                       # nbdev rewrites imports, also those in a text
+    assert "No accuracy was measured" in body and "%" not in body
+    VLMamba.from_pretrained(tmp_path)
+
+
+def test_metadata_is_what_the_hub_reads(make_model):
+    from huggingface_hub import ModelCard
+    for model in (make_model(), make_model("mlp", "mamba")):
+        data = ModelCard(model_card(model)).data
+        assert (data.library_name, data.pipeline_tag) == ("vlmamba_lite", "image-text-to-text")
+        assert data.tags == ["vl-mamba", model.config.language.mixer]
+
+
+def test_a_card_is_renewed_but_not_somebody_elses(make_model, tmp_path):
+    make_model("mlp").save_pretrained(tmp_path, card="a/b")
+    make_model("vss_l2").save_pretrained(tmp_path, card="a/c")
+    assert "`vss_l2`" in (tmp_path / "README.md").read_text() and "a/c" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("# Mine")
+    make_model().save_pretrained(tmp_path, card="a/d")
+    assert (tmp_path / "README.md").read_text() == "# Mine"
+
+
+class Hub:
+    "What the tests need of `HfApi` and of downloads: repositories as folders."
+    def __init__(self, folder):
+        self.folder, self.calls = folder, []
+
+    def api(self, token=None):
+        self.calls.append(("api", token))
+        return self
+
+    def create_repo(self, repo_id, private=None, exist_ok=False):
+        self.calls.append(("create", repo_id, private, exist_ok))
+        return SimpleNamespace(repo_id=f"me/{repo_id}")                                # the account's name is added there
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        self.calls.append(("upload", repo_id, commit_message))
+        shutil.copytree(folder_path, self.folder / repo_id)
+        return f"https://hub/{repo_id}/commit/1"
+
+    def download(self, model, name, revision=None, local_files_only=False):
+        self.calls.append(("download", model, name))
+        if not (self.folder / model / name).is_file():
+            raise EntryNotFoundError("404")
+        return str(self.folder / model / name)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    there = Hub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.HfApi", there.api)
+    monkeypatch.setattr("vlmamba_lite.checkpoints.hf_hub_download", there.download)
+    return there
+
+
+def test_to_the_hub_and_back(make_model, hub, tmp_path):
+    model = make_model().eval()
+    assert model.push_to_hub("tiny", private=True, token="secret", message="First") == "https://hub/me/tiny/commit/1"
+    assert hub.calls == [("api", "secret"), ("create", "tiny", True, True), ("upload", "me/tiny", "First")]
+    assert sorted(p.name for p in (hub.folder / "me" / "tiny").iterdir()) == ["README.md", *FILES]
+    card = (hub.folder / "me" / "tiny" / "README.md").read_text()
+    assert 'from_pretrained("me/tiny")' in card and "secret" not in card
+    again = VLMamba.from_pretrained("me/tiny")
+    assert again.ask(picture(), QUESTION) == model.ask(picture(), QUESTION)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+
+
+def test_what_is_not_on_the_hub(hub, monkeypatch):
+    refused("me/nothing", FileNotFoundError, "^me/nothing: got none of config.json")
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+    monkeypatch.setattr("vlmamba_lite.checkpoints.hf_hub_download", offline)
+    refused("me/tiny", FileNotFoundError, r"^me/tiny: got no folder of that name here, and nothing from the Hugging Face Hub \(no route")
+
+
+def test_a_local_folder_is_never_asked_of_the_hub(make_model, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained("runs/tiny")
+    VLMamba.from_pretrained("runs/tiny")
+    for name in ("runs/other/deep", "./runs", "/no/such", "no"):
+        refused(name, FileNotFoundError, "^model: no ")
+    (tmp_path / "runs" / "empty").mkdir()
+    refused("runs/empty", FileNotFoundError, "^model: no config.json in runs/empty$")
+    refused(tmp_path.relative_to(tmp_path) / "a" / "b", FileNotFoundError, "^model: no folder a/b$")          # a Path is a folder
+    assert not hub.calls

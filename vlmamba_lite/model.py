@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['CONNECTORS', 'MODEL_PRESETS', 'SIGLIP', 'DINOV2', 'EYES', 'LANGUAGES', 'PAPER_PRESETS', 'OVERRIDES', 'ABLATIONS',
-           'PUBLISHED_SIZES', 'NEOX', 'VLMambaConfig', 'lite_config', 'tiny_config', 'eye_spec', 'language_config',
-           'check_connector', 'override', 'preset_config', 'PictureReader', 'TextContinuer', 'count_parameters',
-           'parameter_table', 'whole_part', 'picture_pixels', 'Speech', 'check_state', 'ReadingMixin', 'Answerer',
-           'one_each', 'ChatState', 'Chat', 'finish_turn', 'check_source', 'find_tokenizer', 'assemble', 'PartsMixin',
-           'published_sources', 'check_weights', 'PresetMixin', 'write_atomically', 'model_files', 'naming',
-           'read_config', 'VLMamba', 'load_connector', 'picture_tokens', 'plot_model_sight']
+           'PUBLISHED_SIZES', 'NEOX', 'MODEL_FILES', 'METADATA', 'CARD', 'VLMambaConfig', 'lite_config', 'tiny_config',
+           'eye_spec', 'language_config', 'check_connector', 'override', 'preset_config', 'Placed', 'PictureReader',
+           'TextContinuer', 'count_parameters', 'parameter_table', 'whole_part', 'picture_pixels', 'Speech',
+           'check_state', 'ReadingMixin', 'AskMixin', 'Answerer', 'one_each', 'ChatState', 'ChatPictures', 'Chat',
+           'finish_turn', 'check_source', 'find_tokenizer', 'assemble', 'PartsMixin', 'published_sources',
+           'check_weights', 'PresetMixin', 'write_atomically', 'model_files', 'naming', 'read_config', 'model_card',
+           'write_card', 'HubMixin', 'VLMamba', 'load_connector', 'picture_tokens', 'plot_model_sight']
 
 # %% ../nbs/15_vlmamba.ipynb #b064a250
 import json
 import os
+import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -168,7 +170,7 @@ ABLATIONS = {f"{preset.rpartition('-')[0]}/{table}/{row}": (preset, changes)    
 
 # %% ../nbs/15_vlmamba.ipynb #be46ee70
 def preset_config(name, vocab_size=None, **changes):
-    "The `VLMambaConfig` of a preset or of a row of `ABLATIONS`, `override`n. vocab_size: 50277 (GPT-NeoX) for the papers' models."
+    "The `VLMambaConfig` of a preset or a row of `ABLATIONS`, `override`n. vocab_size: by default GPT-NeoX's for the papers' models."
     if name in ABLATIONS:
         name, row = ABLATIONS[name]
         return override(preset_config(name, vocab_size, **row), **changes)
@@ -177,14 +179,28 @@ def preset_config(name, vocab_size=None, **changes):
             raise ValueError(f"vocab_size: got None, need the number of words for the preset {name!r}")
         return override(MODEL_PRESETS[name](vocab_size), **changes)
     if name not in PAPER_PRESETS:
-        raise ValueError(f"preset: got {name!r}, need one of {sorted(MODEL_PRESETS | PAPER_PRESETS)}, or of ABLATIONS, as 'vl-mamba/t5/csm'")
+        raise ValueError(f"preset: got {name!r}, need one of {sorted(MODEL_PRESETS | PAPER_PRESETS)} or a row of ABLATIONS")
     parts = PAPER_PRESETS[name]
     language = language_config(parts["language"], vocab_size or 50277)
     config = VLMambaConfig(eye_spec(parts["vision"]), parts["connector"], {"scan": parts["scan"]}, language)
     return override(config, **changes)
 
 # %% ../nbs/15_vlmamba.ipynb #04699061
-class PictureReader(nn.Module):
+class Placed(nn.Module):
+    "A model that knows where it is."
+
+    @property
+    def device(self):
+        "The device the parameters are on."
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self):
+        "The dtype of the language model's parameters."
+        return self.language.lm_head.weight.dtype
+
+# %% ../nbs/15_vlmamba.ipynb #a2c0ac6d
+class PictureReader(Placed):
     "Vision encoder, connector and language model (VL-Mamba, section 3.2), up to the state after a picture."
 
     def __init__(self, config, tokenizer=None):
@@ -199,18 +215,8 @@ class PictureReader(nn.Module):
         return self.connector(*self.vision(images))
 
     def read(self, images, state=None):
-        "Pictures (b, 3, H, W) -> the language model's state after them, of fixed size: all a question needs. state: after what."
+        "Pictures (b, 3, H, W) -> the language model's state after them, or after `state` and them: all a question needs."
         return self.language.hidden(inputs_embeds=self.see(images), state=state)[1]     # no logits: nothing is said yet
-
-    @property
-    def device(self):
-        "The device the parameters are on."
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self):
-        "The dtype of the language model's parameters."
-        return self.language.lm_head.weight.dtype
 
 # %% ../nbs/15_vlmamba.ipynb #07f13c95
 class TextContinuer(PictureReader):
@@ -226,7 +232,7 @@ class TextContinuer(PictureReader):
 
 # %% ../nbs/15_vlmamba.ipynb #ba4e2ff6
 def count_parameters(model):
-    "Parameters of each part of a model, and their `total`. A `VLMambaConfig` is built on the meta device for it: no memory, no download."
+    "Parameters of each part of a model, and their `total`. A `VLMambaConfig` is built on the meta device for it."
     if isinstance(model, VLMambaConfig):
         return dict(_counted(json.dumps(asdict(model), sort_keys=True)))
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
@@ -273,7 +279,7 @@ def picture_pixels(model, image):
 
 # %% ../nbs/15_vlmamba.ipynb #430624c0
 class Speech:
-    "How a model is spoken to: its `template`, `codec`, the ids that end an answer. template: by default 'lite' where there is `<eos>`, else 'zephyr'."
+    "How a model is spoken to. template: by default 'lite' for a tokenizer with `<eos>`, else 'zephyr'."
 
     def __init__(self, model, template=None):
         if template is None:
@@ -315,7 +321,7 @@ class ReadingMixin:
 
     @torch.no_grad()
     def read_image(self, image, state=None):
-        "A PIL picture -> the state after it (one row), or after a `state` and it. Reuse it: a further question costs only its own tokens."
+        "A PIL picture -> the state after it (one row), or after `state` and it. A further question costs its own tokens."
         if state is not None:
             check_state(self, state)
         pixels = picture_pixels(self, image)
@@ -330,18 +336,24 @@ class ReadingMixin:
         return self.read_image(image) if isinstance(image, Image.Image) else check_state(self, image)
 
 # %% ../nbs/15_vlmamba.ipynb #283f5080
-class Answerer(ReadingMixin, TextContinuer):
-    "What a person does with the model: `read_image`, `ask`, `ask_all`."
+class AskMixin(ReadingMixin):
+    "One question: `ask`."
 
     def ask(self, image, question, max_new_tokens=8, template=None):
-        "The answer to a question about a PIL picture, or about a state from `read_image`: greedy, up to its end. Raises ValueError for words it cannot read."
+        """The answer to a question about a PIL picture, or about a state from `read_image`: greedy, up to its end.
+
+        Raises ValueError for words it cannot read."""
         speech = Speech(self, template)
         prompt = torch.tensor([speech.ask(question)], device=self.device)                      # words first: they may be wrong
         ids = self.language.generate(prompt, max_new_tokens, speech.stops, state=self.seen(image))
         return speech.text(ids[0, prompt.shape[1]:].tolist())
 
+# %% ../nbs/15_vlmamba.ipynb #0686a4df
+class Answerer(AskMixin, TextContinuer):
+    "What a person does with the model: `read_image`, `ask`, `ask_all`."
+
     def ask_all(self, images, questions, max_new_tokens=8, template=None):
-        "`ask` for many questions in one batch -> answers. images: one picture or state for all, or a list, one for each; each is read once."
+        "`ask` for many questions in one batch -> answers. images: one for all, or one for each; pictures are read once."
         speech, rows = Speech(self, template), one_each(self, images, len(questions))
         prompts = [speech.ask(question) for question in questions]
         T = max(map(len, prompts))
@@ -385,9 +397,13 @@ class ChatState:
         if ids:
             self.kept = self.model.language.hidden(self.tensor(ids), state=self.kept)[1]
 
+# %% ../nbs/15_vlmamba.ipynb #fd1a864f
+class ChatPictures(ChatState):
+    "The state of a conversation, and pictures that are shown in it."
+
     @property
     def state(self):
-        "The state after everything that was shown and said: keep it with `save_state`, go on with `model.chat(state=..., begun=True)`."
+        "The state after everything: keep it with `save_state`, go on with `model.chat(state=..., begun=True)`."
         self.read(self.pending)
         self.pending = []
         return self.kept
@@ -397,9 +413,9 @@ class ChatState:
         before = self.state
         self.kept = self.model.seen(image) if before is None else self.model.read_image(image, before)
 
-# %% ../nbs/15_vlmamba.ipynb #fd1a864f
-class Chat(ChatState):
-    "A conversation: `Chat(model, picture)`, or `model.chat(picture)`; `say` for a turn, `stream` for one that comes bit by bit, `show` for a picture."
+# %% ../nbs/15_vlmamba.ipynb #39533669
+class Chat(ChatPictures):
+    "A conversation, `model.chat(picture)`: `say` for a turn, `stream` for one that comes bit by bit, `show` for a picture."
 
     def stream(self, text, max_new_tokens=64, **options):
         "Yields the answer in pieces. options: temperature, top_p, generator, ... of `MambaLM.stream`."
@@ -410,7 +426,7 @@ class Chat(ChatState):
             for token in self.model.language.stream(self.tensor(ids[-1:]), max_new_tokens, speech.stops, state=self.kept, **options):
                 new.append(token.item())
                 answer = speech.text(new)
-                if answer.startswith(shown) and not answer.endswith("\ufffd"):      # half a character waits for its other half
+                if answer.startswith(shown) and not answer.endswith("\ufffd"):   # half a character waits for its end
                     yield answer[len(shown):]
                     shown = answer
         finally:
@@ -418,8 +434,7 @@ class Chat(ChatState):
 
     def say(self, text, max_new_tokens=64, **options):
         "The answer to what a person says."
-        for _ in self.stream(text, max_new_tokens, **options):
-            pass
+        list(self.stream(text, max_new_tokens, **options))
         return self.turns[-1][1]
 
 # %% ../nbs/15_vlmamba.ipynb #b86cc921
@@ -551,15 +566,21 @@ def write_atomically(path, write):
         part.unlink(missing_ok=True)
 
 # %% ../nbs/15_vlmamba.ipynb #20568fb4
+MODEL_FILES = "config.json", "tokenizer.json", "model.safetensors"
+
+
 def model_files(folder):
-    "The files of a saved model; FileNotFoundError naming the first that is missing."
+    "The files of a saved model in a folder, or on the Hub for a text 'user/name'. FileNotFoundError names the first missing one."
+    if isinstance(folder, str) and folder.count("/") == 1 and folder[0] not in "./~" and not Path(folder).exists():
+        from vlmamba_lite.checkpoints import file_getters, first_file          # only here: it loads slowly
+        return tuple(first_file(file_getters(folder), [name], folder) for name in MODEL_FILES)
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"model: no folder {folder}")
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+    for name in MODEL_FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"model: no {name} in {folder}")
-    return folder / "config.json", folder / "tokenizer.json", folder / "model.safetensors"
+    return tuple(folder / name for name in MODEL_FILES)
 
 # %% ../nbs/15_vlmamba.ipynb #18f428e5
 @contextmanager
@@ -582,23 +603,80 @@ def read_config(path):
     return VLMambaConfig(**fields)
 
 # %% ../nbs/15_vlmamba.ipynb #7e34df88
-class VLMamba(PresetMixin, Answerer):
-    "VL-Mamba (arXiv 2403.13600): vision encoder -> connector -> [visual; text] -> Mamba language model. `VLMamba(config, tokenizer)`."
+METADATA = """---
+library_name: vlmamba_lite
+pipeline_tag: image-text-to-text
+tags:
+- vl-mamba
+- {mixer}
+---
+
+"""
+CARD = """# A VL-Mamba
+
+Vision encoder `{vision}`, connector `{connector}`, language model `{mixer}` of {n_layer} layers and width {d_model}.
+
+| | vision | connector | language | total |
+|---|---|---|---|---|
+| parameters | {sizes[vision]:,} | {sizes[connector]:,} | {sizes[language]:,} | {sizes[total]:,} |
+
+```python
+import vlmamba_lite.model
+model = vlmamba_lite.model.VLMamba.from_pretrained("{name}")
+model.ask(picture, "what is this?")
+```
+
+This card was written when the model was saved. No accuracy was measured for it, and none is claimed.
+"""
+
+# %% ../nbs/15_vlmamba.ipynb #c177d143
+def model_card(model, name="this folder"):
+    "The text of a README.md for a model, `name`d as `from_pretrained` takes it."
+    c = model.config
+    return (METADATA + CARD).format(mixer=c.language.mixer, n_layer=c.language.n_layer, d_model=c.language.d_model, connector=c.connector,
+                       vision=c.vision.get("kind", "conv"), sizes=count_parameters(model), name=name)
+
+
+def write_card(model, folder, name):
+    "Writes README.md into a folder, unless there is no name for it, or there is one of somebody else's."
+    path = Path(folder) / "README.md"
+    if name is None:
+        return
+    if not path.exists() or "This card was written when the model was saved." in path.read_text(encoding="utf-8"):
+        write_atomically(path, lambda part: part.write_text(model_card(model, name), encoding="utf-8"))
+
+# %% ../nbs/15_vlmamba.ipynb #6a55d2d7
+class HubMixin:
+    "Models for a person and for others: `chat`, `push_to_hub`."
 
     def chat(self, image=None, **options):
         "A `Chat` about a picture, whose arguments these are: template; state and begun, to go on with an earlier one."
         return Chat(self, image, **options)
 
-    def save_pretrained(self, folder):
-        "Writes the model, its configuration and its tokenizer, each file atomically."
+    def push_to_hub(self, repo_id, private=None, token=None, message="Upload a VL-Mamba"):
+        "Saves the model with its card and uploads it to the Hugging Face Hub as `repo_id`, made if need be -> its address."
+        from huggingface_hub import HfApi
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card=repo)
+            return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message))
+
+# %% ../nbs/15_vlmamba.ipynb #9c26b481
+class VLMamba(HubMixin, PresetMixin, Answerer):
+    "VL-Mamba (arXiv 2403.13600): vision encoder -> connector -> [visual; text] -> Mamba language model. `VLMamba(config, tokenizer)`."
+
+    def save_pretrained(self, folder, card=None):
+        "Writes the model, its configuration and its tokenizer, each file atomically; with `card`, its name for others, README.md."
         folder, text = Path(folder), json.dumps({"model_type": "vlmamba", **asdict(self.config)}, indent=2)
         write_atomically(folder / "config.json", lambda path: path.write_text(text + "\n"))
         write_atomically(folder / "tokenizer.json", lambda path: self.tokenizer.save(str(path)))
         write_atomically(folder / "model.safetensors", lambda path: save_model(self, str(path)))
+        write_card(self, folder, card)
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
-        "A model from a folder, ready to answer. Raises FileNotFoundError or ValueError that names what is wrong."
+        "A model from a folder or the Hub ('user/name'), ready to answer. FileNotFoundError or ValueError say what is wrong."
         config, tokenizer, weights = model_files(folder)
         with naming(tokenizer):
             words = Tokenizer.from_file(str(tokenizer))
