@@ -111,14 +111,18 @@ def test_a_picture_through_the_large_presets_has_729_tokens():
 def test_little_memory_and_no_network():
     "A process of its own, in which every connection fails: three billion parameters are counted in less than 2 GiB."
     code = """if True:
-        import resource, socket
+        import re, resource, socket
+        from pathlib import Path
         def refuse(*_, **__):
             raise AssertionError("network")
         socket.socket.connect = socket.getaddrinfo = refuse
         from vlmamba_lite.model import count_parameters, preset_config
-        print(count_parameters(preset_config("ml-mamba-2.7b"))["total"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+        total, status = count_parameters(preset_config("ml-mamba-2.7b"))["total"], Path("/proc/self/status")
+        # Linux hands ru_maxrss down from the parent; the high water mark of the process itself stands in /proc
+        peak = re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1] if status.exists() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(total, peak)"""
     total, peak = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-    assert 3.4e9 < total < 3.6e9 and peak < 2 * 2 ** 20                                           # ru_maxrss is in KiB
+    assert 3.4e9 < total < 3.6e9 and peak < 2 * 2 ** 20                                           # KiB
 
 
 def test_the_table_of_sizes(make_model):
