@@ -156,3 +156,14 @@ def test_direct_use_of_the_function():
     shapes = dict(u=(1, 6, 5), dt=(1, 6, 5), A=(2, 3, 3), B=(2, 3, 3), C=(5, 1, 2, 3), D=(6,), h0=(1, 2, 3, 3))
     tensors = [torch.rand(s, dtype=torch.float64) * (-1 if name == "A" else 1) for name, s in shapes.items()]
     assert torch.autograd.gradcheck(FusedScan.apply, [x.requires_grad_() for x in tensors])
+
+
+def test_a_compiler_that_lacks_openmp(monkeypatch, tmp_path):
+    "As on a Mac: it is there, and refuses an option."
+    fake = tmp_path / "fake-c++"
+    fake.write_text("#!/bin/sh\necho \"clang: error: unsupported option '-fopenmp'\" >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    assert backends()["cpp"] == "the compiler cannot build the kernel: clang: error: unsupported option '-fopenmp'"
+    with pytest.raises(RuntimeError, match="backend 'cpp' cannot run here: the compiler cannot build"):
+        selective_scan(**draw(), backend="cpp")

@@ -10,6 +10,7 @@ __all__ = ['ShiftedSums', 'conv_backends', 'causal_conv1d', 'next_window', 'conv
 # %% ../nbs/05_mamba.ipynb #31adeacc
 import importlib
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .scan import selective_scan
+from .scan import selective_scan, without_cuda_package
 from .scan_reference import scan_dtype, scan_step
 
 # %% ../nbs/05_mamba.ipynb #1f2776d4
@@ -57,17 +58,7 @@ def _official_conv(seen, x, weight, bias):
     return conv(x.to(dtype).contiguous().mT, weight[:, 0], bias, initial_states=before).mT
 
 # %% ../nbs/05_mamba.ipynb #1540faf0
-def _without_causal_conv1d():
-    "None if the package causal_conv1d can run here, else the reason why not."
-    if not torch.cuda.is_available():
-        return "needs a CUDA GPU, and torch sees none"
-    try:
-        importlib.import_module("causal_conv1d")
-    except Exception as error:                  # a wheel built for another torch fails with OSError or RuntimeError, too
-        return f"causal_conv1d does not import ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-
-
-_CONVS = {"shifted_sums": (_shifted_sums, lambda: None), "causal_conv1d": (_official_conv, _without_causal_conv1d)}
+_CONVS = {"shifted_sums": (_shifted_sums, lambda: None), "causal_conv1d": (_official_conv, partial(without_cuda_package, "causal_conv1d"))}
 
 
 def conv_backends():

@@ -9,14 +9,12 @@ __all__ = ['CONNECTORS', 'MODEL_PRESETS', 'SIGLIP', 'DINOV2', 'EYES', 'LANGUAGES
            'TextContinuer', 'count_parameters', 'parameter_table', 'whole_part', 'picture_pixels', 'Speech',
            'check_state', 'ReadingMixin', 'AskMixin', 'Answerer', 'one_each', 'ChatState', 'ChatPictures', 'Chat',
            'finish_turn', 'check_source', 'find_tokenizer', 'assemble', 'PartsMixin', 'published_sources',
-           'check_weights', 'PresetMixin', 'write_atomically', 'model_files', 'naming', 'read_config', 'model_card',
-           'write_card', 'HubMixin', 'VLMamba', 'load_connector', 'picture_tokens', 'plot_model_sight']
+           'check_weights', 'PresetMixin', 'model_files', 'read_config', 'model_card', 'write_card', 'HubMixin',
+           'VLMamba', 'load_connector', 'picture_tokens', 'plot_model_sight']
 
 # %% ../nbs/15_vlmamba.ipynb #b064a250
 import json
-import os
 import tempfile
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -30,7 +28,7 @@ from torch import nn
 
 from .connector import MLPConnector, VSSL2Connector, VSSMLPConnector, choose, plot_sight
 from .data import EOS, Codec, ask_ids, encode_prompt, normalize, pick_template, process_images, to_rgb
-from .language_model import MambaConfig, MambaLM, repeat_state
+from .language_model import MambaConfig, MambaLM, naming, repeat_state, write_atomically
 from .msc import MambaScanConnector
 from .vision import (ENCODERS, IMAGENET_COLOURS, TOWER_SHAPES, build_encoder, encoder_spec, find_file, half_range,
     load_encoder, new_tower)
@@ -550,21 +548,6 @@ class PresetMixin(PartsMixin):
                                device=device, dtype=dtype, image_size=384 if sources["vision"] == DINOV2 else None)
         return model if trained is None else load_connector(model, trained)
 
-# %% ../nbs/15_vlmamba.ipynb #df28846b
-def write_atomically(path, write):
-    "Calls `write(temporary_path)`, then renames it to `path`: the file is either the old one or the whole new one."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.touch()
-        mode = part.stat().st_mode                             # what any new file gets here: safetensors makes its own, readable by its owner alone
-        write(part)
-        part.chmod(mode)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
 # %% ../nbs/15_vlmamba.ipynb #20568fb4
 MODEL_FILES = "config.json", "tokenizer.json", "model.safetensors"
 
@@ -581,18 +564,6 @@ def model_files(folder):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"model: no {name} in {folder}")
     return tuple(folder / name for name in MODEL_FILES)
-
-# %% ../nbs/15_vlmamba.ipynb #18f428e5
-@contextmanager
-def naming(path):
-    "Whatever goes wrong with the content of `path` becomes one ValueError, in one line, that names the file."
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:                                 # json, tokenizers, safetensors and torch each raise their own kind
-        text = " ".join(str(error).split())
-        raise ValueError(text if str(path) in text else f"{path}: {text[:300]}") from error
 
 # %% ../nbs/15_vlmamba.ipynb #13da803d
 def read_config(path):

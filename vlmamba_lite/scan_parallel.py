@@ -580,10 +580,8 @@ extern "C" void scan_float64(const Scan<double>* s, bool backward, bool kb, bool
 """
 
 # %% ../nbs/02_scan_parallel.ipynb #9a915dbf
-def without_compiler():
-    "None if there is a C++ compiler ($CXX, or c++), else the reason why the fused kernel cannot run."
-    name = os.environ.get("CXX", "c++")
-    return None if shutil.which(name) else f"needs a C++ compiler, and finds no {name!r}"
+CXX_FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
+             *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else [])]
 
 
 def _compile(*arguments, source=""):
@@ -595,10 +593,21 @@ def _compile(*arguments, source=""):
     return done.stderr
 
 # %% ../nbs/02_scan_parallel.ipynb #18ce92f1
-CXX_FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
-             *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else [])]
+@cache
+def _problem_of(compiler):
+    if not shutil.which(compiler):
+        return f"needs a C++ compiler, and finds no {compiler!r}"
+    try:
+        _compile("-fsyntax-only", source="#include <vector>")         # there, but perhaps without OpenMP, as on a Mac
+    except RuntimeError as error:
+        return str(error).removeprefix("backend 'cpp': ")
 
 
+def without_compiler():
+    "None if there is a C++ compiler ($CXX, or c++) that can build the fused kernel, else the reason why it cannot run."
+    return _problem_of(os.environ.get("CXX", "c++"))
+
+# %% ../nbs/02_scan_parallel.ipynb #c971364b
 @cache
 def fused_library():
     "The fused kernel as a loaded library; builds it if this machine has not yet."

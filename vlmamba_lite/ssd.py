@@ -16,6 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .scan import without_cuda_package
 from .scan_reference import scan_dtype
 
 # %% ../nbs/08_ssd.ipynb #82da1e3d
@@ -216,16 +217,6 @@ def ssd_chunked(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=None,
     return (y, h) if return_final_states else y
 
 # %% ../nbs/08_ssd.ipynb #7d40cd91
-def _without_mamba_ssm():
-    "None if the official SSD can run here, else the reason why not."
-    if not torch.cuda.is_available():
-        return "needs a CUDA GPU, and torch sees none"
-    try:
-        importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
-    except Exception as error:                  # a wheel built for another torch fails with OSError or RuntimeError, too
-        return f"mamba_ssm does not import ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-
-
 def _ssd_mamba_ssm(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=None, **options):
     "The official `mamba_chunk_scan_combined`, with our checks."
     check_ssd_inputs(x, dt, A, B, C, D, z, dt_bias, options["initial_states"])
@@ -240,7 +231,7 @@ _SSD_BACKENDS = {                               # name: (the form, what keeps it
     "recurrent": (ssd_recurrent, lambda: None),
     "quadratic": (ssd_quadratic, lambda: None),
     "chunked": (ssd_chunked, lambda: None),
-    "mamba_ssm": (_ssd_mamba_ssm, _without_mamba_ssm),
+    "mamba_ssm": (_ssd_mamba_ssm, functools.partial(without_cuda_package, "mamba_ssm.ops.triton.ssd_combined")),
 }
 
 

@@ -30,7 +30,7 @@ from torch import nn
 
 from . import __version__
 from .data import augment, draw_questions, normalize
-from .model import write_atomically
+from .language_model import write_atomically
 
 # %% ../nbs/16_training.ipynb #a512142f
 @dataclass
