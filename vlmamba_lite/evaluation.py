@@ -39,8 +39,7 @@ import torch
 
 from .data import (EOS, QUESTION_TYPES, check_text, encode_prompt, fault, load_easy_vqa, load_picture, normalize, pad_rows, parse_json,
                                process_images, question_type, safe_path, select_state, undecoded)
-from .language_model import repeat_state
-from .language_model import naming, write_atomically
+from .language_model import naming, repeat_state, write_atomically
 from .model import VLMamba
 from .training import RUN_CONFIG, write_result, write_run_config
 
