@@ -35,7 +35,7 @@ setup(
     package_data={package: ["*.parquet", "README.md"] for package in DATA},
     python_requires=f">={cfg['min_python']}",
     install_requires=words("requirements"),
-    extras_require={"dev": words("dev_requirements"), "cuda": words("cuda_requirements")},
+    extras_require={extra: words(f"{extra}_requirements") for extra in ("dev", "demo", "cuda")},
     entry_points={"console_scripts": words("console_scripts"), "nbdev": [f"{LIB}={LIB}._modidx:d"]},
     zip_safe=False,
 )
