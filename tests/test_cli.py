@@ -395,3 +395,36 @@ def test_bench_without_the_peer(monkeypatch):
     said = vlmamba("bench", "ssd", "--output", "cost.json")
     assert said.code == 2 and "compares with transformers, which is not installed: pip install transformers" in said.err, said
     assert not Path("cost.json").exists()
+
+
+# ablate
+
+@pytest.fixture
+def grid(monkeypatch):
+    "Chapter 19 with a grid that trains nothing; what it was asked for is in `.given`."
+    def run_grid(rows=None, tasks=None, seeds=5, output=None, minutes=None, dry_run=False, threads=1, device="auto", on_row=None):
+        fake.given = dict(rows=rows, tasks=tasks, seeds=seeds, output=output, minutes=minutes, dry_run=dry_run, threads=threads, device=device)
+        if rows == ["nope"]:
+            raise ValueError("rows: got 'nope', need some of ['mlp']")
+        done = [dict(task="easy_vqa", row="mlp", seed=seed, test_accuracy=0.5) for seed in range(seeds)]
+        for row in [] if dry_run else done:
+            on_row(row)
+        return done
+    fake = SimpleNamespace(run_grid=run_grid, cost_table=lambda plan: f"{len(plan)} runs [left]")
+    monkeypatch.setitem(sys.modules, "vlmamba_lite.ablation", fake)
+    return fake
+
+
+def test_ablate(grid, tmp_path):
+    said = vlmamba("ablate", "--row", "mlp", "--row", "vss_l2", "--task", "easy_vqa", "--seeds", 2, "--minutes", 0.5, "--output", tmp_path / "[a]",
+                   "--threads", 2, "--device", "cpu")
+    assert said.code == 0 and said.err == "", said
+    assert grid.given == dict(rows=["mlp", "vss_l2"], tasks=["easy_vqa"], seeds=2, output=tmp_path / "[a]", minutes=0.5, dry_run=False, threads=2,
+                              device="cpu")
+    assert said.out.splitlines()[:2] == ["easy_vqa, mlp, seed 0: 50.00 %", "easy_vqa, mlp, seed 1: 50.00 %"] and "2 results are in " in said.out
+
+
+def test_ablate_says_what_it_would_cost(grid):
+    assert vlmamba("ablate", "--dry-run").out == "5 runs [left]\n"
+    assert grid.given == dict(rows=None, tasks=None, seeds=5, output=Path("data/results/ablations"), minutes=None, dry_run=True, threads=1, device="auto")
+    is_a_mistake(vlmamba("ablate", "--row", "nope"), "^vlmamba: rows: got 'nope', need ")
