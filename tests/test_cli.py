@@ -428,3 +428,139 @@ def test_ablate_says_what_it_would_cost(grid):
     assert vlmamba("ablate", "--dry-run").out == "5 runs [left]\n"
     assert grid.given == dict(rows=None, tasks=None, seeds=5, output=Path("data/results/ablations"), minutes=None, dry_run=True, threads=1, device="auto")
     is_a_mistake(vlmamba("ablate", "--row", "nope"), "^vlmamba: rows: got 'nope', need ")
+
+
+# chat
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory):
+    "A tiny model with random weights that reads bytes and writes printable ones, in a folder: conversations have the papers' form."
+    import torch
+
+    from vlmamba_lite.data import byte_tokenizer
+    from vlmamba_lite.model import VLMamba, tiny_config
+    tokenizer = byte_tokenizer()
+    config = tiny_config(tokenizer.get_vocab_size())
+    config.language.tie_embeddings = False
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = VLMamba(config, tokenizer).eval()
+    printable = torch.tensor([tokenizer.token_to_id(chr(c)) for c in range(33, 127)])
+    head, mixer = model.language.lm_head.weight, model.language.backbone.layers[0].mixer
+    with torch.no_grad():
+        head.mul_(torch.zeros(len(head), 1).index_fill_(0, printable, 1))        # a row of zeros is never the likeliest
+        mixer.D.zero_()                                       # what it says depends on all it has read
+        mixer.A_log.sub_(3)
+        mixer.out_proj.weight.mul_(5)
+    folder = tmp_path_factory.mktemp("speaker")
+    model.save_pretrained(folder)
+    return SimpleNamespace(folder=folder, model=model)
+
+
+@pytest.fixture
+def types(monkeypatch):
+    "A function: what `vlmamba chat` says to someone who types some lines."
+    def type_lines(lines, *arguments):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        return vlmamba("chat", *arguments)
+    return type_lines
+
+
+def test_chat_says_what_the_model_says(speaker, picture, types):
+    from vlmamba_lite.data import open_image
+    said = types(["what is this?", "", "and now?"], speaker.folder, picture, "--tokens", 9, "--device", "cpu")
+    chat = speaker.model.chat(open_image(picture))
+    want = ["".join(chat.stream(text, 9)) for text in ("what is this?", "and now?")]
+    assert (said.code, said.out, said.err) == (0, "".join(answer + "\n" for answer in want), "") and want[0] != want[1]
+    assert types(["what is this?"], speaker.folder, picture, "--tokens", 9, "--template", "llava").out != want[0] + "\n"
+
+
+def test_chat_draws_with_a_seed(speaker, picture, types):
+    drawing = [speaker.folder, picture, "--tokens", 20, "--temperature", 1, "--top-p", 0.9, "--top-k", 50]
+    first, again, other = (types(["what?"], *drawing, "--seed", seed).out for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_conversation_that_is_kept_goes_on(speaker, picture, types, tmp_path):
+    whole = types(["one", "two", "three"], speaker.folder, picture, "--tokens", 7).out
+    begun = types(["one", "two", "/save kept [1].state"], speaker.folder, picture, "--tokens", 7)
+    gone_on = types(["three"], speaker.folder, "--state", "kept [1].state", "--tokens", 7)
+    assert begun.err == gone_on.err == "" and begun.out + gone_on.out == whole
+    long = types([*"abcdefgh", "/save long.state"], speaker.folder, picture, "--tokens", 7)
+    assert long.err == "" and Path("long.state").stat().st_size == Path("kept [1].state").stat().st_size
+
+
+def test_pictures_and_new_beginnings(speaker, picture, types, tmp_path):
+    from PIL import Image
+
+    from vlmamba_lite.data import open_image
+    Image.new("RGB", (30, 20), (10, 200, 90)).save("second picture.png")
+    said = types(["one", "/picture second picture.png", "two", "/new", "/picture second picture.png", "one", "/quit", "never read"],
+                 speaker.folder, picture, "--tokens", 7)
+    both, second = speaker.model.chat(open_image(picture)), open_image("second picture.png")
+    want = ["".join(both.stream("one", 7)), both.show(second) or "".join(both.stream("two", 7)), "".join(speaker.model.chat(second).stream("one", 7))]
+    assert (said.out, said.err) == ("".join(answer + "\n" for answer in want), "") and want[0] != want[2]
+
+
+def test_mistakes_in_a_conversation_do_not_end_it(run, speaker, picture, types, tmp_path):
+    said = types(["/save early.state", "/picture no.png", "/picture", "/save", "/sing", "/help", "what colour?", QUESTION], run.folder, picture, "--tokens", 8)
+    lines = said.err.splitlines()
+    assert said.code == 0 and len(lines) == 6 and all(line.startswith("vlmamba: ") for line in lines), said
+    for line, match in zip(lines, ("/save: got a conversation without a word", "image: no file no.png", "/picture: got no file", "/save: got no file",
+                                   "chat: got /sing, need /picture, /new, /save, /help, /quit", "never read: colour")):
+        assert match in line
+    assert "/picture PATH" in said.out and not Path("early.state").exists()
+    assert said.out.splitlines()[-1] == vlmamba("ask", run.folder, picture, QUESTION).out.strip()
+
+
+def test_a_conversation_that_cannot_begin(run, speaker, picture, types, tmp_path):
+    types(["one", "/save kept.state"], speaker.folder, picture, "--tokens", 2)
+    Path("notes").write_text("hello")
+    for arguments, match in (((tmp_path,), "model: no config.json in "), ((speaker.folder, "no.png"), "image: no file no.png"),
+                             ((speaker.folder, "--state", "none"), "none"), ((speaker.folder, "--state", "notes"), "notes"),
+                             ((speaker.folder, "--template", "x"), "template: got 'x'"), ((speaker.folder, "--device", "tpu"), "device: got 'tpu'"),
+                             ((speaker.folder, "--top-p", "0"), "top_p: got")):
+        is_a_mistake(types(["one"], *arguments), match)
+    assert types([], speaker.folder, "--state", "kept.state").code == 0
+
+
+def interrupted(speaker, monkeypatch, when):
+    "A `Chat` whose model is stopped by Ctrl-C: while it reads, or after some tokens."
+    language, stream, hidden = speaker.model.language, speaker.model.language.stream, speaker.model.language.hidden
+    def stopped(*args, **kwargs):
+        for i, token in enumerate(stream(*args, **kwargs)):
+            if i == when:
+                signal.raise_signal(signal.SIGINT)
+            yield token
+    def reading(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        return hidden(*args, **kwargs)
+    monkeypatch.setattr(language, *(("hidden", reading) if when == "reading" else ("stream", stopped)))
+    return speaker.model.chat()
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(speaker, monkeypatch, capsys):
+    from vlmamba_lite.cli import answer_aloud
+    with monkeypatch.context() as patch:
+        chat = interrupted(speaker, patch, 3)
+        assert not answer_aloud(chat, "one", max_new_tokens=9)
+    assert capsys.readouterr().out.endswith(" [stopped]\n") and len(chat.turns) == 1
+    plain = speaker.model.chat()
+    plain.say("one", 3)
+    assert chat.turns == plain.turns and chat.say("two", 5) == plain.say("two", 5)        # as if the answer had ended there
+
+
+def test_ctrl_c_before_an_answer_takes_the_turn_back(speaker, monkeypatch, capsys):
+    from vlmamba_lite.cli import answer_aloud
+    with monkeypatch.context() as patch:
+        chat = interrupted(speaker, patch, "reading")
+        assert not answer_aloud(chat, "one", max_new_tokens=9)
+    assert chat.turns == [] and chat.say("two", 5) == speaker.model.chat().say("two", 5)
+
+
+def test_ctrl_c_where_a_question_is_typed(monkeypatch, capsys):
+    from vlmamba_lite import cli
+    def typed(prompt):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("builtins.input", typed)
+    assert cli.next_line() == "" and "/quit or Ctrl-D leaves" in capsys.readouterr().out
