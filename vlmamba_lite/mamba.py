@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ShiftedSums', 'conv_backends', 'causal_conv1d', 'next_window', 'conv_step', 'init_dt_bias', 'no_weight_decay',
            'make_dt_proj', 'reorder_tokens', 'pack_tokens', 'unpack_tokens', 'MambaState', 'check_block_inputs',
-           'RecurrentBlock', 'run_block', 'MambaWeights', 'MambaScan', 'run_ssm', 'ssm_step', 'Mamba']
+           'RecurrentBlock', 'run_block', 'MambaSizes', 'MambaWeights', 'MambaScan', 'run_ssm', 'ssm_step', 'Mamba']
 
 # %% ../nbs/05_mamba.ipynb #31adeacc
 import importlib
@@ -22,6 +22,16 @@ from .scan import selective_scan, without_cuda_package
 from .scan_reference import scan_dtype, scan_step
 
 # %% ../nbs/05_mamba.ipynb #1f2776d4
+def _tap_gradients(seen, taps, g):
+    "The gradients of seen (B, K + L, D) and taps (K, D), given that of the output, g (B, L, D)."
+    L = g.shape[1]
+    g_seen, g_taps, product = torch.zeros_like(seen), torch.empty_like(taps), torch.empty_like(g)
+    for k in range(len(taps)):
+        g_seen[:, k+1:k+1+L].addcmul_(g, taps[k])
+        g_taps[k] = torch.mul(g, seen[:, k+1:k+1+L], out=product).flatten(0, 1).sum(0)
+    return g_seen, g_taps
+
+# %% ../nbs/05_mamba.ipynb #8c242422
 class ShiftedSums(torch.autograd.Function):
     "y_t = sum_k taps_k seen_{t+1+k}: seen (B, K + L, D), taps (K, D) -> y (B, L, D). Its first input is never reached: a window has one to spare."
     @staticmethod
@@ -36,12 +46,7 @@ class ShiftedSums(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        (seen, taps), L = ctx.saved_tensors, g.shape[1]
-        g_seen, g_taps, product = torch.zeros_like(seen), torch.empty_like(taps), torch.empty_like(g)
-        for k in range(len(taps)):
-            g_seen[:, k+1:k+1+L].addcmul_(g, taps[k])
-            g_taps[k] = torch.mul(g, seen[:, k+1:k+1+L], out=product).flatten(0, 1).sum(0)
-        return g_seen, g_taps
+        return _tap_gradients(*ctx.saved_tensors, g)
 
 # %% ../nbs/05_mamba.ipynb #040afff3
 def _shifted_sums(seen, x, weight, bias):
@@ -62,7 +67,7 @@ _CONVS = {"shifted_sums": (_shifted_sums, lambda: None), "causal_conv1d": (_offi
 
 
 def conv_backends():
-    "The convolutions by name: None beside each that runs here, else the reason why it does not."
+    "The convolutions that `causal_conv1d` knows, by name: None beside each that runs here, else the reason why it does not."
     return {name: reason() for name, (_, reason) in _CONVS.items()}
 
 # %% ../nbs/05_mamba.ipynb #a7b4a018
@@ -109,7 +114,7 @@ def conv_step(x_t, window, weight, bias=None):
 
 # %% ../nbs/05_mamba.ipynb #b2ea0145
 def init_dt_bias(n, dt_min=1e-3, dt_max=0.1, floor=1e-4):
-    "A bias (n,) whose softplus is log-uniform in [dt_min, dt_max], at least `floor`: the step sizes a new layer starts with."
+    "A bias (n,) whose softplus is log-uniform in [dt_min, dt_max], at least `floor`: the first step sizes (Mamba, section 3.6)."
     dt = torch.exp(torch.empty(n).uniform_(math.log(dt_min), math.log(dt_max))).clamp(min=floor)
     return dt + torch.log(-torch.expm1(-dt))                             # the inverse of softplus
 
@@ -140,6 +145,7 @@ def pack_tokens(x, mask):
     """Moves each row's real tokens to its front, in their order. x (B, L, d), mask (B, L) bool, True at real tokens.
 
     Returns packed x with zeros behind the real tokens, the mask of the packed rows, and `order` (B, L): where each token stood.
+    Raises `ValueError` for a mask of another shape or dtype.
     """
     if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
         raise ValueError(f"mask: got {mask.dtype} {tuple(mask.shape)}, need bool {tuple(x.shape[:2])}, True at real tokens")
@@ -149,7 +155,7 @@ def pack_tokens(x, mask):
 
 # %% ../nbs/05_mamba.ipynb #e4f23ec2
 def unpack_tokens(y, mask, order):
-    "The inverse of `pack_tokens`: every real token back to its place, zeros at the pads. mask is that of the packed row."
+    "The inverse of `pack_tokens`: y (B, L, d), the packed row's mask (B, L), order (B, L) -> real tokens back at their places, 0 at pads."
     return reorder_tokens(y * mask[..., None], order.argsort(1))
 
 # %% ../nbs/05_mamba.ipynb #475428a5
@@ -170,7 +176,7 @@ def check_block_inputs(x, ndim, width, state, shapes):
 
 # %% ../nbs/05_mamba.ipynb #535fba4f
 class RecurrentBlock(nn.Module):
-    "What Mamba and Mamba-2 share: how they are called. A subclass has `mix(x, state, real, return_state) -> y, state`."
+    "How Mamba and Mamba-2 (chapter 09) are called; no paper. A subclass has `mix(x, state, real, return_state) -> y, state`."
 
     def _check(self, x, ndim, state):
         check_block_inputs(x, ndim, self.d_model, state, ((self.conv_dim, self.d_conv), self.ssm_shape))
@@ -183,6 +189,7 @@ class RecurrentBlock(nn.Module):
                                torch.zeros(batch, *self.ssm_shape, device=device, dtype=scan_dtype(dtype)))
 
     def forward(self, x, state=None, mask=None, return_state=False):
+        "x (B, L, d_model) -> y (B, L, d_model), with `return_state` also the state; mask (B, L). Results and errors as `run_block`."
         return run_block(self, x, state, mask, return_state)
 
 # %% ../nbs/05_mamba.ipynb #96154f4d
@@ -202,17 +209,24 @@ def run_block(block, x, state=None, mask=None, return_state=False):
     return (y, state) if return_state else y
 
 # %% ../nbs/05_mamba.ipynb #38253596
-class MambaWeights(RecurrentBlock):
-    "The parameters of a Mamba block, with the names, shapes and first values of the official layer."
+class MambaSizes(RecurrentBlock):
+    "The sizes of a Mamba block, the kind of its state, and which scan and convolution it runs."
     state_type = MambaState
 
-    def __init__(self, d_model, d_state=16, d_conv=4, expand=2, dt_rank="auto", dt_min=1e-3, dt_max=0.1,
-                 dt_init_floor=1e-4, bias=False, conv_bias=True, backend="auto", conv_backend="auto"):
+    def __init__(self, d_model, d_state, d_conv, expand, dt_rank, backend, conv_backend):
         super().__init__()
         self.d_model, self.d_state, self.d_conv, self.backend, self.conv_backend = d_model, d_state, d_conv, backend, conv_backend
         self.d_inner = self.conv_dim = int(expand * d_model)
         self.ssm_shape = (self.d_inner, d_state)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+
+# %% ../nbs/05_mamba.ipynb #9c4cbe42
+class MambaWeights(MambaSizes):
+    "The parameters of a Mamba block, with the names, shapes and first values of the official layer."
+
+    def __init__(self, d_model, d_state=16, d_conv=4, expand=2, dt_rank="auto", dt_min=1e-3, dt_max=0.1,
+                 dt_init_floor=1e-4, bias=False, conv_bias=True, backend="auto", conv_backend="auto"):
+        super().__init__(d_model, d_state, d_conv, expand, dt_rank, backend, conv_backend)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)       # u, then z
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, bias=conv_bias)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)     # code of the step, B, C
@@ -241,7 +255,7 @@ class MambaScan(MambaWeights):
 
 # %% ../nbs/05_mamba.ipynb #6fdf8339
 def run_ssm(block, u, z, state, real, return_state):
-    "Convolution, selection and scan of a `MambaScan`: see there."
+    "`MambaScan.ssm`: u, z (B, L, d_inner), real (B, L) or None -> y (B, L, d_inner), and the state after it or None."
     window, h = state or (None, None)
     u, seen = causal_conv1d(u, block.conv1d.weight, block.conv1d.bias, window, block.conv_backend)
     u = F.silu(u)
@@ -272,12 +286,13 @@ class Mamba(MambaScan):
     `block(x, state=None, mask=None, return_state=False)` runs a sequence (see `run_block`), `step` one token, `ssm` the middle part.
     """
     def mix(self, x, state, real, return_state):
+        "The block between packing and unpacking: x (B, L, d_model) -> y (B, L, d_model), the state after it or None."
         u, z = self.in_proj(x).chunk(2, -1)
         y, state = self.ssm(u, z, state, real, return_state)
         return self.out_proj(y), state
 
     def step(self, x_t, state):
-        "One token: x_t (B, d_model), state -> y_t (B, d_model), the next state. The recurrence itself, no scan."
+        "One token: x_t (B, d_model), state -> y_t (B, d_model), the next state. No scan. Raises `ValueError` for other shapes."
         self._check(x_t, 2, state)
         u, z = self.in_proj(x_t).chunk(2, -1)                            # (B, d_inner)
         y, state = ssm_step(self, u, z, state)
