@@ -79,7 +79,7 @@ def _mlp(vision_dim, language_dim, hidden_dim, activation):
 class MLPConnector(nn.Module):
     """V_out = MLP(V_img): two layers, every token alone (VL-Mamba, arXiv 2403.13600, Figure 2 a).
 
-    Open in the paper: `hidden_dim` (language_dim by default) and `activation`, a name of `ACTIVATIONS` (gelu).
+    Open in the paper: `hidden_dim` (language_dim by default) and `activation`, a name of `ACTIVATIONS` (gelu), else `ValueError`.
     """
     def __init__(self, vision_dim, language_dim, hidden_dim=None, activation="gelu"):
         super().__init__()
@@ -87,7 +87,7 @@ class MLPConnector(nn.Module):
         self.mlp = _mlp(vision_dim, language_dim, hidden_dim, activation)
 
     def forward(self, tokens, size):
-        "tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, language_dim)"
+        "tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, language_dim). Raises `ValueError`."
         check_tokens(tokens, size, self.vision_dim, "tokens")
         return self.mlp(tokens)
 
@@ -95,11 +95,9 @@ class MLPConnector(nn.Module):
 class VSSMLPConnector(nn.Module):
     """V_scan = VSS(V_img); V_out = MLP(Norm(V_scan + V_img)) (VL-Mamba, equation 5).
 
-    Open in the paper: `hidden_dim` of the MLP (language_dim by default), `norm` (of `NORMS`), `activation` (of
-    `ACTIVATIONS`). `vss_args` go to `VSS`: shared, merge, d_state, expand, backend, ...
-    """
-    def __init__(self, vision_dim, language_dim, scan="bsm", hidden_dim=None, norm="rmsnorm", activation="gelu",
-                 **vss_args):
+    Open in the paper: `hidden_dim` of the MLP (language_dim by default), `norm` (of `NORMS`), `activation` (of `ACTIVATIONS`).
+    `vss_args` go to `VSS`: shared, merge, d_state, expand, backend, ..."""
+    def __init__(self, vision_dim, language_dim, scan="bsm", hidden_dim=None, norm="rmsnorm", activation="gelu", **vss_args):
         super().__init__()
         self.vision_dim, self.language_dim = vision_dim, language_dim
         self.vss = VSS(vision_dim, scan, **vss_args)
@@ -107,6 +105,7 @@ class VSSMLPConnector(nn.Module):
         self.mlp = _mlp(vision_dim, language_dim, hidden_dim, activation)
 
     def forward(self, tokens, size):
+        "tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, language_dim). Raises `ValueError`."
         check_tokens(tokens, size, self.vision_dim, "tokens")
         return self.mlp(self.norm(self.vss(tokens, size) + tokens))
 
@@ -114,19 +113,17 @@ class VSSMLPConnector(nn.Module):
 class VSSL2Connector(nn.Module):
     """V' = Linear(V_img); V_scan = VSS(GELU(V')); V_out = Linear(Norm(V_scan + V')) (VL-Mamba, equation 6).
 
-    Open in the paper: `hidden_dim`, the width at which VSS runs (language_dim by default), and `norm` (of `NORMS`).
-    `vss_args` go to `VSS`: shared, merge, d_state, expand, backend, ...
-    """
+    Open in the paper: `hidden_dim`, where VSS runs (language_dim by default), `norm` (of `NORMS`). `vss_args` go to `VSS`."""
     def __init__(self, vision_dim, language_dim, scan="bsm", hidden_dim=None, norm="rmsnorm", **vss_args):
         super().__init__()
-        hidden_dim = hidden_dim or language_dim
-        self.vision_dim, self.language_dim = vision_dim, language_dim
+        self.vision_dim, self.language_dim, hidden_dim = vision_dim, language_dim, hidden_dim or language_dim
         self.linear1 = nn.Linear(vision_dim, hidden_dim)
         self.vss = VSS(hidden_dim, scan, **vss_args)
         self.norm = choose("norm", norm, NORMS)(hidden_dim, eps=1e-5)
         self.linear2 = nn.Linear(hidden_dim, language_dim)
 
     def forward(self, tokens, size):
+        "tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, language_dim). Raises `ValueError`."
         check_tokens(tokens, size, self.vision_dim, "tokens")
         v = self.linear1(tokens)                                         # the skip starts here, before the GELU
         return self.linear2(self.norm(self.vss(F.gelu(v), size) + v))
@@ -140,7 +137,7 @@ def _mamba_flops(mixer, tokens):
 
 
 def vss_flops(vss, tokens):
-    "Operations of a `VSS` with Mamba layers on one picture of some tokens. -> dict part -> operations"
+    "Operations of a `VSS` with Mamba layers on one picture of so many tokens (a scalar) -> {part: operations}. Raises `ValueError`."
     if not isinstance(vss.mixers[0], Mamba):
         raise ValueError(f"vss: got a mixer {type(vss.mixers[0]).__name__}, need Mamba")
     K = 2 * len(SCANS[vss.scan])
@@ -149,7 +146,7 @@ def vss_flops(vss, tokens):
 
 # %% ../nbs/07_connector.ipynb #30638991
 def connector_flops(connector, size):
-    """Operations of a connector on one picture, by part; a multiply-add counts as two, norms and activations as none.
+    """Operations of a connector on one picture of size (height, width); a multiply-add counts as two, norms and activations as none.
 
     -> {"linear": the connector's own layers, and those of its VSS: "projections" (in_proj, out_proj), "scan projections"
     (x_proj, dt_proj), "convolution", "scan"}. A connector with a method `flops` (chapter 10) counts itself.
@@ -164,27 +161,32 @@ def connector_flops(connector, size):
     return {"linear": linear} | ({} if vss is None else vss_flops(vss, tokens))
 
 # %% ../nbs/07_connector.ipynb #783225aa
+def _stacked_bars(ax, names, costs):
+    "A bar for each name, made of the parts of its cost, a dict part -> operations."
+    left = [0.0] * len(names)
+    for part in max(costs, key=len):
+        flops = [cost.get(part, 0) / 1e9 for cost in costs]
+        ax.barh(names, flops, left=left, label=part)
+        left = [a + b for a, b in zip(left, flops)]
+    ax.set(xlabel="GFLOP per picture", yticks=[])
+    ax.legend(fontsize=7, loc="upper right", bbox_to_anchor=(1, 1.05))
+
+# %% ../nbs/07_connector.ipynb #ad5f541a
 def plot_connector_cost(connectors, size, axes=None):
-    "Bars: parameters, and operations by part for one picture. connectors: dict name -> module. Returns the axes."
+    "Bars: parameters, and operations by part for one picture of size (height, width). connectors: dict name -> module. Returns the axes."
     import matplotlib.pyplot as plt
     if axes is None:
         _, axes = plt.subplots(1, 2, figsize=(6, 2))
     names = list(connectors)[::-1]
     axes[0].barh(names, [sum(p.numel() for p in connectors[n].parameters()) / 1e6 for n in names], color="0.6")
-    left, costs = [0.0] * len(names), [connector_flops(connectors[n], size) for n in names]
-    for part in max(costs, key=len):
-        flops = [cost.get(part, 0) / 1e9 for cost in costs]
-        axes[1].barh(names, flops, left=left, label=part)
-        left = [a + b for a, b in zip(left, flops)]
     axes[0].set(xlabel="parameters (millions)")
-    axes[1].set(xlabel="GFLOP per picture", yticks=[])
-    axes[1].legend(fontsize=7, loc="upper right", bbox_to_anchor=(1, 1.05))
+    _stacked_bars(axes[1], names, [connector_flops(connectors[n], size) for n in names])
     return axes
 
 # %% ../nbs/07_connector.ipynb #8ad5b55a
 @torch.no_grad()
 def scan_input(connector, tokens, size):
-    "What the 2-D scan of a connector, its `vss`, is given for the tokens of pictures. -> (B, height * width, its width)"
+    "What a connector's `vss` is given for tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, its width)."
     given = []
     hook = connector.vss.register_forward_pre_hook(lambda vss, args: given.append(args[0]))
     try:
@@ -220,30 +222,29 @@ def connector_sight(connector, tokens, size, at):
     return {name: values.view(size) for name, values in maps.items()}
 
 # %% ../nbs/07_connector.ipynb #61ee4241
-def _draw_sight(axes, maps, names, at, decades):
-    "The maps of one connector: two of attention, the rest receptive fields."
+def _draw_sight(row, label, maps, at, image, decades):
+    "The maps of one connector on a row of axes, behind the image if there is one."
+    names, axes = list(maps), row[int(image is not None):]
     plot_patch_maps([maps[name] for name in names[:2]], names[:2], at, axes=axes[:2])
     plot_patch_maps([maps[name] for name in names[2:]], names[2:], at, decades, axes=axes[2:])
+    row[0].set_ylabel(label)
+    if image is not None:
+        row[0].imshow(image)
+        row[0].set(xticks=[], yticks=[])
+        row[0].spines[:].set_visible(False)
 
 # %% ../nbs/07_connector.ipynb #3b6d4f8f
 def plot_sight(connectors, at, image=None, decades=6):
     """`connector_sight` of some connectors, a row each: before and after training, say. Returns the axes.
 
-    connectors: dict name -> (connector, tokens, size), of equal numbers of scans. Attention is drawn on a linear scale,
-    receptive fields on a logarithmic one of some decades; grey is exactly zero. image: what they look at, drawn first.
-    """
+    connectors: dict name -> (connector, tokens, size), of equal numbers of scans; at: (row, column). Attention on a linear scale,
+    receptive fields on a logarithmic one of some decades; grey is exactly zero. image: what they look at, drawn first."""
     import matplotlib.pyplot as plt
-    rows, first = {name: connector_sight(*given, at) for name, given in connectors.items()}, int(image is not None)
-    names = list(next(iter(rows.values())))
-    shape = len(rows), len(names) + first
+    rows = {name: connector_sight(*given, at) for name, given in connectors.items()}
+    shape = len(rows), len(next(iter(rows.values()))) + int(image is not None)
     _, axes = plt.subplots(*shape, figsize=(6, 6.6 / shape[1] * shape[0]), squeeze=False)
     for row, (label, maps) in zip(axes, rows.items()):
-        _draw_sight(row[first:], maps, names, at, decades)
-        row[0].set_ylabel(label)
-        if first:
-            row[0].imshow(image)
-            row[0].set(xticks=[], yticks=[])
-            row[0].spines[:].set_visible(False)
+        _draw_sight(row, label, maps, at, image, decades)
     for ax in axes[1:].flat:
         ax.set_title("")                                                 # the first row names the columns
     return axes
