@@ -53,12 +53,12 @@ def prepare_dt(dt, dt_bias=None, dt_softplus=False, dt_limit=(0., math.inf)):
 
 # %% ../nbs/08_ssd.ipynb #58ca817f
 def per_head(B, H):
-    "B or C of every head: (B, L, G, N) -> (B, L, H, N), head h from group h // (H / G)."
+    "B or C of every head: (B, L, G, N) -> (B, L, H, N), head h from group h // (H / G) (Mamba-2, section 7.2)."
     return B.repeat_interleave(H // B.shape[2], 2)
 
 
 def recurrent_form(X, a, B, C, h):
-    "SSD as a loop over time. X (B, L, H, P), a (B, L, H), B, C (B, L, G, N), h (B, H, P, N) -> y like X, the last state."
+    "SSD as a loop over time (Mamba-2, equation 1). X (B, L, H, P), a (B, L, H), B, C (B, L, G, N), h (B, H, P, N) -> y like X, last state."
     B, C = (per_head(i, X.shape[2]) for i in (B, C))                         # (B, L, H, N)
     ys = []
     for X_t, a_t, B_t, C_t in zip(*(i.unbind(1) for i in (X, a, B, C))):
@@ -149,7 +149,7 @@ def read_states(starts, high, C):
 
 # %% ../nbs/08_ssd.ipynb #5e6b3802
 def chunked_form(X, a, B, C, h, chunk_size=64, first=True, last=True):
-    "SSD in chunks, all matrix products. Shapes as in `recurrent_form`; first, last: is there a first state, is the last one needed?"
+    "SSD in chunks of at most chunk_size steps. Shapes as `recurrent_form`; first, last: is there a first state, is the last needed?"
     (b, L, H, P), (G, N) = X.shape, B.shape[2:]
     Q = math.ceil(L / math.ceil(L / chunk_size))                             # chunks of nearly equal length
     X, a = to_chunks(X, Q, G), to_chunks(a, Q, G).movedim(2, 4)              # (B, c, Q, G, r, P), (B, c, G, r, Q)
@@ -166,7 +166,7 @@ def chunked_form(X, a, B, C, h, chunk_size=64, first=True, last=True):
 
 # %% ../nbs/08_ssd.ipynb #ec19d4d8
 def in_full_precision(f):
-    "f outside of autocast, which would run its matrix products in half precision. f's second argument says on which device."
+    "Decorates f(form, x, ...) to run outside of autocast, which would put its matrix products into half precision on x's device."
     @functools.wraps(f)
     def run(form, x, *args):
         with torch.autocast(x.device.type, enabled=False):
@@ -176,7 +176,7 @@ def in_full_precision(f):
 # %% ../nbs/08_ssd.ipynb #d5b0a149
 @in_full_precision
 def run_form(form, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_states):
-    "What surrounds every form: checks, dtype, step sizes before it; skip and gate after it. -> y in x's dtype, the last state."
+    "What surrounds every form: checks, dtype, step sizes; then skip and gate. Shapes as `ssd_chunked`. Raises `ValueError`."
     check_ssd_inputs(x, dt, A, B, C, D, z, dt_bias, initial_states)
     dtype = scan_dtype(x.dtype)
     X, A, B, C = (i.to(dtype) for i in (x, A, B, C))
@@ -190,14 +190,14 @@ def run_form(form, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial
 # %% ../nbs/08_ssd.ipynb #09125257
 def ssd_recurrent(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0., math.inf),
                   initial_states=None, return_final_states=False):
-    "SSD as a recurrence, step by step: arguments as in `ssd_chunked`; chunk_size is not used."
+    "SSD as a recurrence, step by step: shapes, results and errors as `ssd_chunked`; chunk_size is not used."
     y, h = run_form(recurrent_form, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_states)
     return (y, h) if return_final_states else y
 
 
 def ssd_quadratic(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0., math.inf),
                   initial_states=None, return_final_states=False):
-    "SSD as one masked matrix per head, like attention: arguments as in `ssd_chunked`; chunk_size is not used."
+    "SSD as one masked matrix per head, like attention: shapes, results and errors as `ssd_chunked`; chunk_size is not used."
     y, h = run_form(quadratic_form, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_states)
     return (y, h) if return_final_states else y
 
@@ -242,7 +242,7 @@ def ssd_backends():
 # %% ../nbs/08_ssd.ipynb #a8b63cd2
 def ssd(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0., math.inf),
         initial_states=None, return_final_states=False, backend="auto"):
-    """SSD by the form called `backend`, one of `ssd_backends()`; "auto" is "chunked". Arguments and results as in `ssd_chunked`.
+    """SSD by the form called `backend`, one of `ssd_backends()`; "auto" is "chunked". Shapes and results as `ssd_chunked`.
 
     Raises `ValueError` for arguments that do not fit and `RuntimeError` for a backend that cannot run.
     """
