@@ -175,7 +175,7 @@ def bench_scan(repeats=5, seed=0):
 
 # %% ../nbs/18_scaling.ipynb #b1dc9b4d
 def read_result(path, folder="data/results"):
-    "A result file as a dict; `path` is its name below `folder`, looked for here and in the folders above."
+    "A result file as a dict; `path` is its name below `folder`, looked for here and above. Raises `FileNotFoundError`."
     here = Path.cwd()
     found = next((f for f in (root / folder / path for root in (here, *here.parents)) if f.is_file()), None)
     if found is None:
@@ -233,7 +233,7 @@ def synchronised(step):
         return result
     return run
 
-
+# %% ../nbs/18_scaling.ipynb #189dba33
 def time_ssd_on_gpu(shapes=((8, 2048, 80, 64, 128), (1, 2048, 80, 64, 128)), repeats=5, seed=0):
     "Forward and backward in bfloat16 on a GPU: the matrix products as they are, under torch.compile, and mamba_ssm's kernels if installed."
     forms = {"chunked": partial(ssd, chunk_size=64), "compiled": torch.compile(partial(ssd, chunk_size=64))}

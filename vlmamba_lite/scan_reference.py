@@ -87,7 +87,7 @@ def prepare_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softp
     """Checks the arguments of a selective scan and brings them to one form, in float32 (float64 for float64 inputs).
 
     Returns u and delta (B, D, L), delta with its bias added and through softplus; A (D, N); B and C (B, G, N, L), each
-    with its own G; and the state to start from (B, D, N), zeros where none is given.
+    with its own G; and the state to start from (B, D, N), zeros where none is given. Raises what `check_scan_inputs` raises.
     """
     check_scan_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
     dtype = scan_dtype(u.dtype)
@@ -97,7 +97,7 @@ def prepare_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softp
 
 # %% ../nbs/01_scan_reference.ipynb #c537ea43
 def finish_scan(y, u, D=None, z=None):
-    "What follows every scan: the skip `D * u`, the gate `silu(z)`, and the cast back to the dtype of u."
+    "What follows every scan: the skip `D * u`, the gate `silu(z)`, the cast back to the dtype of u. y, u, z (B, D, L); D (D,)."
     if D is not None:
         y = y + D.to(y.dtype)[:, None] * u.to(y.dtype)
     return (y if z is None else y * F.silu(z.to(y.dtype))).to(u.dtype)
