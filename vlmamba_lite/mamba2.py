@@ -32,7 +32,7 @@ def split_heads(block, xBC):
 
 # %% ../nbs/09_mamba2.ipynb #97693d09
 class GatedRMSNorm(nn.Module):
-    "RMSNorm(y * silu(z)) over each group of channels, or RMSNorm(y) * silu(z) with `norm_before_gate`. y, z (..., dim) -> like y."
+    "RMSNorm(y * silu(z)) over each group of channels, or RMSNorm(y) * silu(z) with `norm_before_gate` (Mamba-2, section 7; official code)."
 
     def __init__(self, dim, groups=1, norm_before_gate=False, eps=1e-5):
         super().__init__()
@@ -42,6 +42,7 @@ class GatedRMSNorm(nn.Module):
         self.groups, self.norm_before_gate, self.eps = groups, norm_before_gate, eps
 
     def forward(self, y, z):
+        "y, its gate z (..., dim), of any shape before the channels -> like y, computed in float32 or float64."
         dtype = scan_dtype(y.dtype)
         v, gate, weight = y.to(dtype), F.silu(z.to(dtype)), self.weight.to(dtype)
         v = v if self.norm_before_gate else v * gate
@@ -66,7 +67,7 @@ def split_sizes(d_inner, headdim, ngroups):
 
 # %% ../nbs/09_mamba2.ipynb #df6622c5
 class Mamba2Sizes(RecurrentBlock):
-    "The sizes of a Mamba-2 block."
+    "The sizes of a Mamba-2 block and the kind of its state."
     state_type = Mamba2State
 
     def __init__(self, d_model, d_state, d_conv, expand, headdim, ngroups, dt_limit, chunk_size):
@@ -136,12 +137,13 @@ class Mamba2(Mamba2Weights):
     `block(x, state=None, mask=None, return_state=False)` runs a sequence (see `run_block`), `step` one token.
     """
     def mix(self, x, state, real, return_state):
+        "The block between packing and unpacking: x (B, L, d_model) -> y (B, L, d_model), the state after it or None."
         z, xBC, dt = split_projection(self, self.in_proj(x))
         y, state = run_ssd(self, xBC, dt, state, real, return_state)
         return self.out_proj(self.norm(y, z)), state
 
     def step(self, x_t, state):
-        "One token: x_t (B, d_model), state -> y_t (B, d_model), the next state. The recurrence itself, no chunks."
+        "One token: x_t (B, d_model), state -> y_t (B, d_model), the next state. No chunks. Raises `ValueError` for other shapes."
         self._check(x_t, 2, state)
         z, xBC, dt = split_projection(self, self.in_proj(x_t))
         y, state = ssd_step(self, xBC, dt, state)
