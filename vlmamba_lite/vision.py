@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['HALF', 'CLIP_COLOURS', 'IMAGENET_COLOURS', 'RESAMPLE', 'TOWER_SHAPES', 'TIMM_NAMES', 'MODEL_TYPES', 'CONFIG_FIELDS',
-           'ENCODERS', 'conv_stage', 'ConvEncoder', 'ViTBlock', 'resize_positions', 'vit_hidden', 'ViT', 'as_picture',
-           'pad_to_square', 'resize_picture', 'PreprocessSettings', 'Preprocess', 'stack_pictures',
-           'preprocess_from_config', 'find_file', 'load_preprocess', 'tower_name', 'tower_config', 'new_tower',
-           'cut_after', 'TowerParts', 'Tower', 'load_vision_model', 'PretrainedTower', 'SigLIP', 'CLIP', 'DINOv2',
-           'recolour', 'FusedEncoder', 'half_range', 'build_encoder', 'encoder_spec', 'load_encoder', 'tower_attention',
-           'attention_map', 'feature_map', 'draw_map']
+           'ENCODERS', 'conv_stage', 'ConvEncoderParts', 'ConvEncoder', 'ViTBlockParts', 'ViTBlock', 'resize_positions',
+           'vit_hidden', 'ViT', 'as_picture', 'pad_to_square', 'resize_picture', 'PreprocessSettings', 'Preprocess',
+           'stack_pictures', 'preprocess_from_config', 'find_file', 'load_preprocess', 'tower_name', 'tower_config',
+           'new_tower', 'cut_after', 'TowerParts', 'Tower', 'load_vision_model', 'PretrainedTower', 'SigLIP', 'CLIP',
+           'DINOv2', 'recolour', 'FusedEncoder', 'half_range', 'build_encoder', 'encoder_spec', 'load_encoder',
+           'tower_attention', 'attention_map', 'feature_map', 'draw_map']
 
 # %% ../nbs/13_vision.ipynb #92e1b929
 import json
@@ -43,12 +43,8 @@ def _check_images(images, size):
         raise ValueError(f"images: got {images.dtype}, need floating point in [-1, 1]")
 
 # %% ../nbs/13_vision.ipynb #1d411643
-class ConvEncoder(nn.Module):
-    """A convolutional vision encoder for small pictures, trained from scratch; in the place of VL-Mamba's SigLIP or CLIP.
-
-    Pictures (B, 3, image_size, image_size) in [-1, 1] -> tokens (B, (image_size / 8)^2, dim) in raster order and the size
-    (height, width) of their grid. Raises `ValueError` for an `image_size` that 8 does not divide and for other pictures.
-    """
+class ConvEncoderParts(nn.Module):
+    "What a `ConvEncoder` is made of. Raises `ValueError` for an `image_size` that 8 does not divide."
     def __init__(self, dim, width=32, image_size=64):
         super().__init__()
         self.dim, self.image_size, self.side = dim, image_size, _grid_side(image_size)
@@ -57,15 +53,21 @@ class ConvEncoder(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(self.side ** 2, dim))
         self.norm = nn.RMSNorm(dim, eps=1e-5)
 
+# %% ../nbs/13_vision.ipynb #8405f96b
+class ConvEncoder(ConvEncoderParts):
+    "A convolutional vision encoder for small pictures, trained from scratch: ours, no paper, in the place of VL-Mamba's SigLIP or CLIP."
+
     def forward(self, images):
+        """Pictures (B, 3, image_size, image_size) in [-1, 1] -> tokens (B, (image_size / 8)^2, dim) in raster order, and the size
+        (height, width) of their grid. Raises `ValueError` for pictures of another size."""
         _check_images(images, self.image_size)
         x = self.stages(images.contiguous(memory_format=torch.channels_last))    # (B, dim, h, w)
         x = self.refine(x).flatten(2).transpose(1, 2)                            # (B, h w, dim)
         return self.norm(x + self.position), (self.side, self.side)
 
 # %% ../nbs/13_vision.ipynb #67755037
-class ViTBlock(nn.Module):
-    "A pre-norm transformer block over patches (arXiv 2010.11929, equations 2 and 3): (B, L, dim) -> (B, L, dim)."
+class ViTBlockParts(nn.Module):
+    "What a `ViTBlock` is made of: two norms, attention's two matrices, an MLP; and how tokens are cut into heads."
     def __init__(self, dim, heads):
         super().__init__()
         self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
@@ -73,15 +75,20 @@ class ViTBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def split(self, x):
-        "Queries, keys and values of every head: (3, B, heads, L, dim / heads)."
+        "x (B, L, dim) -> queries, keys and values of every head, normalised first: (3, B, heads, L, dim / heads)."
         return self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
+# %% ../nbs/13_vision.ipynb #c6441928
+class ViTBlock(ViTBlockParts):
+    "A pre-norm transformer block over patches (arXiv 2010.11929, equations 2 and 3)."
+
     def attention(self, x):
-        "What each patch reads: weights (B, heads, L, L), rows that sum to 1."
+        "What each patch reads: x (B, L, dim) -> weights (B, heads, L, L), rows that sum to 1."
         q, k, _ = self.split(x)
         return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
 
     def forward(self, x):
+        "x (B, L, dim) -> (B, L, dim): attention, then the MLP, each added to what it was given."
         x = x + self.out(F.scaled_dot_product_attention(*self.split(x)).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
@@ -109,7 +116,7 @@ def _check_pictures(images, patch_size):
     if on_cpu and not (largest := images.detach().abs().max().item()) < 16:
         raise ValueError(f"images: got values up to {largest:g}, need normalised ones, about -3 to 3; `Preprocess` makes them")
 
-
+# %% ../nbs/13_vision.ipynb #02599d89
 def _vit_side(dim, heads, patch_size, image_size):
     "Patches along one side of a picture of the size a ViT is built for."
     for name, value in dict(dim=dim, heads=heads, patch_size=patch_size, image_size=image_size).items():
@@ -122,7 +129,7 @@ def _vit_side(dim, heads, patch_size, image_size):
 
 # %% ../nbs/13_vision.ipynb #c444f5f8
 def vit_hidden(vit, images, depth):
-    "What enters block `depth` of a `ViT`: patches with positions, through the blocks before it -> (B, L, dim), (height, width)."
+    "What enters block `depth` of a `ViT` for images (B, 3, H, W) -> (B, L, dim), the grid (height, width). Raises `ValueError`."
     _check_pictures(images, vit.patch_size)
     if any(side % vit.patch_size for side in images.shape[2:]):
         raise ValueError(f"images: got {tuple(images.shape[2:])} pixels, need multiples of the patch size {vit.patch_size}")
@@ -135,11 +142,7 @@ def vit_hidden(vit, images, depth):
 
 # %% ../nbs/13_vision.ipynb #5f6b020e
 class ViT(nn.Module):
-    """A small vision transformer (arXiv 2010.11929) without class token, trained from scratch.
-
-    Pictures (B, 3, H, W) in [-1, 1], sides multiples of `patch_size` -> tokens (B, height * width, dim) in raster order and
-    (height, width). Built for `image_size`; for other sizes the positions are interpolated. Raises `ValueError`.
-    """
+    "A small vision transformer (arXiv 2010.11929) without class token; positions for `image_size`, resized for others. `ValueError`."
     def __init__(self, dim, depth=4, heads=4, patch_size=8, image_size=64):
         super().__init__()
         self.dim, self.patch_size, self.image_size = dim, patch_size, image_size
@@ -150,6 +153,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, images):
+        "Pictures (B, 3, H, W) in [-1, 1], sides multiples of `patch_size` -> tokens (B, height * width, dim) in raster order, their grid."
         x, grid = vit_hidden(self, images, len(self.blocks))
         return self.norm(x), grid
 
@@ -184,7 +188,7 @@ def pad_to_square(image, colour):
 
 
 def resize_picture(image, size, resample="bicubic"):
-    "A Pillow picture with its shorter edge `size` pixels long, or of `size` = (height, width)."
+    "A Pillow picture with its shorter edge `size` pixels long (`ValueError` beyond 100 to 1), or of `size` = (height, width)."
     if isinstance(size, int):
         short, long = sorted(image.size)
         if long > 100 * short:
@@ -202,7 +206,7 @@ def _edges(name, value, number=True):
         raise ValueError(f"{name}: got {value!r}, need {'a positive number or ' * number}(height, width)")
     return value
 
-
+# %% ../nbs/13_vision.ipynb #9fc710b7
 def _colours(name, value, least=-1e9):
     "Three numbers, one for each colour."
     three = isinstance(value, (list, tuple)) and len(value) == 3
@@ -210,7 +214,17 @@ def _colours(name, value, least=-1e9):
         raise ValueError(f"{name}: got {value!r}, need three numbers{' above 0' if least == 0 else ''}")
     return tuple(map(float, value))
 
-# %% ../nbs/13_vision.ipynb #9fc710b7
+# %% ../nbs/13_vision.ipynb #5eeb2a4a
+def _check_preprocess(settings):
+    "Raises `ValueError` for settings that are impossible; makes lists tuples, in place."
+    checked = dict(size=_edges("size", settings.size), mean=_colours("mean", settings.mean), std=_colours("std", settings.std, 0),
+                   crop=None if settings.crop is None else _edges("crop", settings.crop, number=False))
+    for name, value in checked.items():
+        object.__setattr__(settings, name, value)                            # they are frozen for everybody else
+    if settings.resample not in RESAMPLE:
+        raise ValueError(f"resample: got {settings.resample!r}, need one of {sorted(RESAMPLE)}")
+
+# %% ../nbs/13_vision.ipynb #92ee4892
 @dataclass(frozen=True)
 class PreprocessSettings:
     "How pictures become the input of an encoder; the fields of `Preprocess`."
@@ -222,20 +236,14 @@ class PreprocessSettings:
     pad_to_square: bool = False        # before resizing, in the mean colour
 
     def __post_init__(self):
-        checked = dict(size=_edges("size", self.size), mean=_colours("mean", self.mean), std=_colours("std", self.std, 0),
-                       crop=None if self.crop is None else _edges("crop", self.crop, number=False))
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)                            # lists of a json file become tuples
-        if self.resample not in RESAMPLE:
-            raise ValueError(f"resample: got {self.resample!r}, need one of {sorted(RESAMPLE)}")
+        _check_preprocess(self)
 
 # %% ../nbs/13_vision.ipynb #8922a8ab
 class Preprocess(PreprocessSettings):
     """Pictures -> what an encoder reads, as the image processors of `transformers` do it: pad, resize, crop, normalise.
 
     `Preprocess(...)(images)`: one or a list of Pillow pictures, arrays (H, W, 3) or tensors (3, H, W) of bytes -> float32
-    (n, 3, height, width). Raises `ValueError` for other input and for pictures that end up with different sizes.
-    """
+    (n, 3, height, width). Raises `ValueError` for other input and for pictures that end up with different sizes."""
     def __call__(self, images):
         return self.normalize(self.pixels(images))
 
@@ -260,9 +268,9 @@ def _resized(settings, image):
     (height, width), top, left = settings.crop, (image.height - settings.crop[0]) // 2, (image.width - settings.crop[1]) // 2
     return image.crop((left, top, left + width, top + height))               # Pillow gives black outside of the picture
 
-
+# %% ../nbs/13_vision.ipynb #5eb0eb0d
 def stack_pictures(images):
-    "Pillow pictures in RGB of one size -> bytes (n, 3, height, width)."
+    "Pillow pictures in RGB of one size -> bytes (n, 3, height, width). Raises `ValueError` for several sizes, or no picture."
     sizes = sorted({image.size[::-1] for image in images})
     if len(sizes) != 1:
         raise ValueError(f"images: got sizes {sizes} after resizing, need one: a crop, or size=(height, width)"
@@ -382,7 +390,7 @@ def tower_config(shape):
     fields = {name: value for name, value in shape.items() if name != "model_type"}
     return getattr(_transformers(), MODEL_TYPES[shape["model_type"]][0])(**fields)
 
-
+# %% ../nbs/13_vision.ipynb #e51d13ef
 def new_tower(shape, device=None):
     "A vision model of `transformers` with random weights; device='meta' makes one without any, for counting."
     config = tower_config(shape)
@@ -397,13 +405,8 @@ def _layer_index(layer, count):
     return layer % count
 
 # %% ../nbs/13_vision.ipynb #d4a01fca
-def cut_after(model, layer):
-    "Removes, in place, what lies behind `layer` of the `hidden_states` of a `transformers` model -> layers that stay."
-    name = "layers" if hasattr(model.encoder, "layers") else "layer"
-    layers = getattr(model.encoder, name)
-    keep = _layer_index(layer, len(layers) + 1)
-    setattr(model.encoder, name, layers[:keep])
-    model.config.num_hidden_layers = keep
+def _drop_the_end(model):
+    "Removes, in place, what a vision model of `transformers` has behind its layers, and DINOv2's mask token."
     for norm in ("post_layernorm", "layernorm"):
         if hasattr(model, norm):
             setattr(model, norm, nn.Identity())
@@ -412,9 +415,24 @@ def cut_after(model, layer):
         model.use_head = False
     if hasattr(model.embeddings, "mask_token"):
         model.embeddings.mask_token = None                                   # DINOv2: for its pretraining only
+
+# %% ../nbs/13_vision.ipynb #70e627cb
+def cut_after(model, layer):
+    "Removes, in place, what lies behind `layer` of the `hidden_states` of a `transformers` model -> layers that stay."
+    name = "layers" if hasattr(model.encoder, "layers") else "layer"
+    layers = getattr(model.encoder, name)
+    keep = _layer_index(layer, len(layers) + 1)
+    setattr(model.encoder, name, layers[:keep])
+    model.config.num_hidden_layers = keep
+    _drop_the_end(model)
     return keep
 
 # %% ../nbs/13_vision.ipynb #a6d80b08
+def _config_fields(config):
+    "The fields of a config object that a file has to keep."
+    return {name: getattr(config, name) for name in CONFIG_FIELDS if hasattr(config, name)}
+
+
 def _of_family(tower, config):
     "A config for this family: its model_type is filled in, another family's is refused."
     if isinstance(config, dict):
@@ -424,7 +442,7 @@ def _of_family(tower, config):
         raise ValueError(f"config: got model_type {config.model_type!r}, need one of {tower.model_types}")
     if config.num_channels != 3:
         raise ValueError(f"config: got num_channels {config.num_channels}, need 3")
-    return {name: getattr(config, name) for name in CONFIG_FIELDS if hasattr(config, name)}
+    return _config_fields(config)
 
 # %% ../nbs/13_vision.ipynb #fb759f7f
 class TowerParts(nn.Module):
@@ -442,24 +460,23 @@ class TowerParts(nn.Module):
 
 # %% ../nbs/13_vision.ipynb #43faab47
 class Tower(TowerParts):
-    """A pretrained vision transformer as an encoder; the base of `SigLIP`, `CLIP` and `DINOv2`.
+    "A pretrained vision transformer (arXiv 2010.11929) of `transformers` as an encoder; the base of `SigLIP`, `CLIP` and `DINOv2`."
 
-    Pictures (B, 3, H, W) as its `preprocess` makes them -> tokens (B, height * width, dim) of `layer`, in the dtype of the
-    pictures, and (height, width) = (H, W) // patch_size (pixels beyond the last whole patch are left out).
-    """
     def forward(self, images):
+        "Pictures (B, 3, H, W) as its `preprocess` makes them -> tokens (B, h w, dim) in their dtype, (h, w) whole patches. `ValueError`."
         _check_pictures(images, self.patch_size)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (not self.frozen or images.requires_grad)):
             tokens = self.model(images, **self.options).last_hidden_state[:, self.skip:]
         return tokens.to(images.dtype), (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
 
     def train(self, mode=True):
+        "As of every module, but a frozen tower stays in evaluation mode."
         return super().train(mode and not self.frozen)
 
     def spec(self):
         "A dict for a json file, from which `build_encoder` makes the same encoder, without its weights."
-        config = {name: getattr(self.model.config, name) for name in CONFIG_FIELDS if hasattr(self.model.config, name)}
-        return dict(kind=self.kind, config=config, layer=self.layer, frozen=self.frozen, preprocess=asdict(self.preprocess))
+        settings = dict(layer=self.layer, frozen=self.frozen, preprocess=asdict(self.preprocess))
+        return dict(kind=self.kind, config=_config_fields(self.model.config), **settings)
 
 # %% ../nbs/13_vision.ipynb #7f82298b
 def load_vision_model(source, model_types, dtype=torch.float32):
@@ -480,7 +497,7 @@ def load_vision_model(source, model_types, dtype=torch.float32):
 
 # %% ../nbs/13_vision.ipynb #85601377
 class PretrainedTower(Tower):
-    "A `Tower` that can be loaded."
+    "A `Tower` whose weights and `Preprocess` can be loaded."
     @classmethod
     def from_pretrained(cls, source, layer=-2, frozen=True, preprocess=None, image_size=None, pad_to_square=None,
                         dtype=torch.float32):
@@ -506,7 +523,7 @@ class SigLIP(PretrainedTower):
         "Squeezed to a square, in [-1, 1]."
         return Preprocess((size, size), None, *HALF)
 
-
+# %% ../nbs/13_vision.ipynb #aee2f42a
 class CLIP(PretrainedTower):
     "CLIP's image encoder (arXiv 2103.00020; LLaVA-1.5's and VL-Mamba's baseline), its class token dropped."
     kind, model_types, options = "clip", ("clip_vision_model",), dict(interpolate_pos_encoding=True)
@@ -536,11 +553,8 @@ def recolour(images, old, new):
 
 # %% ../nbs/13_vision.ipynb #cd64b1c3
 class FusedEncoder(nn.Module):
-    """Towers side by side, their tokens joined channel by channel (ML-Mamba, equation 5); one tower alone is fine too.
-
-    Pictures (B, 3, H, W) in [-1, 1] -> tokens (B, height * width, sum of the widths), (height, width). `preprocess`: by default
-    that of the last tower with the colours of [-1, 1]. Raises `ValueError` where the grids differ.
-    """
+    """Towers side by side, their tokens joined channel by channel (ML-Mamba, equation 5); one alone is fine, none a `ValueError`.
+    `preprocess`: by default that of the last tower with the colours of [-1, 1]."""
     def __init__(self, towers, preprocess=None):
         super().__init__()
         if not towers:
@@ -549,6 +563,7 @@ class FusedEncoder(nn.Module):
         self.preprocess = preprocess or replace(towers[-1].preprocess, mean=HALF[0], std=HALF[1])
 
     def forward(self, images):
+        "Pictures (B, 3, H, W) in [-1, 1] -> tokens (B, height * width, sum of widths), grid. Raises `ValueError` where grids differ."
         seen = [tower(recolour(images, self.preprocess, tower.preprocess)) for tower in self.towers]
         if len(grids := {grid for _, grid in seen}) != 1:
             raise ValueError(f"towers: got grids {sorted(grids)} from pictures of {tuple(images.shape[2:])} pixels, need one")
@@ -589,8 +604,7 @@ def encoder_spec(encoder):
 def load_encoder(source, **options):
     """The pretrained encoder in a folder, on the Hub or of a `timm` name; several, joined by '+', as one `FusedEncoder`.
 
-    options: those of `from_pretrained`, for each of them. Raises `ValueError` for what is not an encoder.
-    """
+    options: those of `from_pretrained`, for each of them. Raises `ValueError` for what is not an encoder."""
     if "+" in str(source) and not Path(source).exists():
         return FusedEncoder([load_encoder(part.strip(), **options) for part in str(source).split("+")])
     name = tower_name(source)
@@ -620,8 +634,7 @@ def tower_attention(tower, images, layer=-1):
 def attention_map(encoder, images, patch=None, layer=-1):
     """What is attended to in one layer of a `ViT` or a `Tower`: weights (B, heads, height, width).
 
-    patch: (row, column) of the patch that reads; without one the class token, or without that the average of all patches.
-    """
+    images (B, 3, H, W); patch: (row, column) of the patch that reads; without it the class token, or the average. Raises `ValueError`."""
     if isinstance(encoder, ViT):
         x, grid = vit_hidden(encoder, images, _layer_index(layer, len(encoder.blocks)))
         weights, skip = encoder.blocks[layer].attention(x), 0
