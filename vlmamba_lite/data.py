@@ -13,7 +13,7 @@ __all__ = ['COLORS', 'SHAPES', 'VALIDATION_IMAGES', 'QUESTION_TYPES', 'CAPTION_Q
            'pick_template', 'encode_text', 'decode_ids', 'control_tokens', 'Codec', 'byte_tokenizer', 'ask_ids',
            'reply_ids', 'join_turns', 'label_runs', 'supervised_texts', 'check_mask', 'Row', 'cut_row',
            'encode_conversation', 'show_row', 'prompt_ids', 'safe_path', 'picture_list', 'load_picture', 'message_list',
-           'pair_turns', 'take_out_marks', 'guess_columns', 'read_turns', 'read_record', 'repeated_ids',
+           'pair_turns', 'take_out_marks', 'guess_columns', 'read_turns', 'read_record', 'repeated_ids', 'Positions',
            'ConversationSet', 'read_position', 'parse_json', 'llava_set', 'undecoded', 'hub_set', 'easy_vqa_set',
            'Tally', 'attempt', 'picture_keys', 'split_by_image', 'Scene', 'random_scene', 'draw_scene', 'scene_answer',
            'scene_questions', 'SortOfClevr', 'sort_of_clevr', 'allowed_changes', 'mix_channels', 'augment_pictures',
@@ -51,7 +51,7 @@ SHAPES = ("circle", "rectangle", "triangle")
 
 # %% ../nbs/14_data.ipynb #c116e205
 def easy_vqa_folder():
-    "The folder of the embedded data set: inside an installed package, or in `data/` of a checkout."
+    "The folder of the embedded data set: in an installed package, or `data/` of a checkout. Raises `FileNotFoundError`."
     package = Path(vlmamba_lite.__file__).resolve().parent
     places = (package / "easy_vqa", package.parent / "data" / "easy_vqa")
     for folder in places:
@@ -66,7 +66,7 @@ VALIDATION_IMAGES = 400
 def load_easy_vqa(split):
     """easy-VQA as a `datasets.Dataset`, one row a picture: image_id, image, questions, answers (as many as questions).
 
-    split: "train" (3,600 pictures), "validation" (400 held out of the shipped training set) or "test" (1,000).
+    split: "train" (3,600 pictures), "validation" (400 held out of the shipped training set) or "test" (1,000); else `ValueError`.
     """
     import pyarrow.parquet as pq                                       # these two load slowly, and asking a model needs neither
     from datasets import Dataset
@@ -182,7 +182,7 @@ class TurnView:
 
 # %% ../nbs/14_data.ipynb #04148121
 def show_turn(tokenizer, input_ids, labels):
-    "A view of one row of tokens or of several (rows, length), with what is learned (labels other than -100) marked."
+    "A view of input_ids and labels, (length,) or (rows, length), with what is learned (labels other than -100) marked."
     ids, labels = (torch.atleast_2d(torch.as_tensor(x)).tolist() for x in (input_ids, labels))
     pad = tokenizer.token_to_id(PAD)
     def kind(token, label):
@@ -304,8 +304,7 @@ def _check_rows(questions, answers):
 def build_set(data, tokenizer, size=64, captions=False):
     """A `datasets.Dataset` with columns image, questions, answers -> `VQASet`; with `captions`, those of `add_captions` as well.
 
-    Raises `ValueError` for turns that do not encode.
-    """
+    Raises `ValueError` for turns that do not encode."""
     text = data.select_columns(["questions", "answers"])[:]
     _check_rows(text["questions"], text["answers"])
     text = text["questions"], text["answers"]
@@ -321,7 +320,7 @@ def build_set(data, tokenizer, size=64, captions=False):
 
 # %% ../nbs/14_data.ipynb #6c7e73bd
 def augment(images, rng, shift=2):
-    "Mirrors half of the pictures left to right and moves each by up to `shift` pixels, its border repeated. (n, c, h, w), same dtype."
+    "images (n, c, h, w) -> alike: half of them mirrored, each moved by up to `shift` pixels, its border repeated. Raises `ValueError`."
     if images.ndim != 4 or shift < 0:
         raise ValueError(f"images, shift: got shape {tuple(images.shape)} and {shift}, need (n, c, h, w) and at least 0")
     n, c, h, w = images.shape
@@ -340,11 +339,12 @@ def _log_weights(weights):
         raise ValueError(f"weights: got {weights.tolist()}, need {len(ROW_TYPES)} numbers, none negative and not all 0")
     return np.log(weights, out=np.full(weights.shape, -1e6), where=weights > 0)
 
-
+# %% ../nbs/14_data.ipynb #d6cd03fc
 def draw_questions(table, types, weights, count, rng):
     """`count` different rows of each picture, a row as likely as its type's weight (Gumbel top-k) -> (pictures, count).
 
-    table (pictures, most) and types (rows,) as in a `VQASet`; one weight a type. A picture with fewer rows repeats the first.
+    table (pictures, most) and types (rows,) as in a `VQASet`; one weight a type. A picture with fewer rows repeats the first; one with
+    none, a count below 1 and impossible weights raise `ValueError`.
     """
     log_weights = _log_weights(weights)
     if count < 1 or (table.max(1) < 0).any():
@@ -430,7 +430,7 @@ TEMPLATES = {
 
 
 def pick_template(template):
-    "A `Template`, or the name of one in `TEMPLATES`."
+    "A `Template` as it is, or the one of that name in `TEMPLATES`; `ValueError` for another."
     if not isinstance(template, Template) and template not in TEMPLATES:
         raise ValueError(f"template: got {template!r}, need a Template or one of {', '.join(TEMPLATES)}")
     return template if isinstance(template, Template) else TEMPLATES[template]
@@ -467,6 +467,13 @@ def control_tokens(tokenizer):
     return eos, eos_id, eos_id if pad_id is None else pad_id, ids
 
 # %% ../nbs/14_data.ipynb #eb3ebbf2
+def _word_ids(codec, text, sample):
+    ids = encode_text(codec.tokenizer, text, special=False)
+    if not ids or not codec.special.isdisjoint(ids):
+        raise fault(sample, "mask", f"the tokenizer has no tokens for all of {text[:60]!r}")
+    return ids
+
+# %% ../nbs/14_data.ipynb #c644f9f5
 class Codec:
     "Words to ids and back with any tokenizer: of `tokenizers` or of `transformers`."
 
@@ -482,10 +489,7 @@ class Codec:
 
     def words(self, text, sample):
         "Ids of what somebody said. SampleError where the tokenizer does not know a word, or leaves nothing."
-        ids = encode_text(self.tokenizer, text, special=False)
-        if not ids or not self.special.isdisjoint(ids):
-            raise fault(sample, "mask", f"the tokenizer has no tokens for all of {text[:60]!r}")
-        return ids
+        return _word_ids(self, text, sample)
 
 # %% ../nbs/14_data.ipynb #4931e557
 def byte_tokenizer(texts=(), vocab_size=257):
@@ -612,6 +616,15 @@ def prompt_ids(tokenizer, question, turns=(), template="zephyr"):
     return ids + ask_ids(codec, template, question, "prompt", first=not turns)
 
 # %% ../nbs/14_data.ipynb #8aa91610
+def _resolved(root, name, sample):
+    "A folder and the file `name` under it, links followed."
+    try:
+        root = Path(root).resolve()
+        return root, (root / name).resolve()
+    except (OSError, RuntimeError) as error:                       # a link that leads to itself
+        raise fault(sample, "image", f"image: the path {name!r} leads nowhere: {error}") from None
+
+# %% ../nbs/14_data.ipynb #70cb711d
 def safe_path(root, name, sample, absolute=False):
     "The file `name` under `root`, links resolved. SampleError for a path that leaves the root, is absolute (unless that is allowed), or has no root."
     if root is None:
@@ -620,18 +633,14 @@ def safe_path(root, name, sample, absolute=False):
     anchored = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
     if (anchored and not absolute) or ".." in parts or "\0" in name or not parts:
         raise fault(sample, "image", f"image: got the path {name!r}, need a relative one without '..'")
-    try:
-        root = Path(root).resolve()
-        path = (root / name).resolve()
-    except (OSError, RuntimeError) as error:                       # a link that leads to itself
-        raise fault(sample, "image", f"image: the path {name!r} leads nowhere: {error}") from None
+    root, path = _resolved(root, name, sample)
     if not path.is_relative_to(root):
         raise fault(sample, "image", f"image: the path {name!r} leads out of the root folder")
     return path
 
 # %% ../nbs/14_data.ipynb #52460d8c
 def picture_list(value, sample, root):
-    "The pictures of a record, unopened: None -> [], one or a list of paths, PIL pictures or {'bytes', 'path'}."
+    "The pictures of a record, unopened: None -> [], one or a list of paths, PIL pictures or {'bytes', 'path'}. Else a `SampleError`."
     values = [] if value is None else value if isinstance(value, list | tuple) else [value]
     images = []
     for image in values:
@@ -658,7 +667,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 def message_list(value, sample):
-    "[(role, text)] of a list of {'from', 'value'}, {'role', 'content'} or {'user', 'assistant'}."
+    "[(role, text)] of a list of {'from', 'value'}, {'role', 'content'} or {'user', 'assistant'}. Raises a `SampleError` for others."
     messages = []
     for m in value if isinstance(value, list) else [None]:
         if not isinstance(m, dict):
@@ -672,7 +681,7 @@ def message_list(value, sample):
 
 # %% ../nbs/14_data.ipynb #3048b516
 def pair_turns(messages, sample):
-    "[(role, text)] that alternate, user first and assistant last -> [(user, assistant)]."
+    "[(role, text)] that alternate, user first and assistant last -> [(user, assistant)]. Raises a `SampleError` for others."
     for i, (role, _) in enumerate(messages):
         if role != ("user", "assistant")[i % 2]:
             raise fault(sample, "turns", f"message {i + 1} is of {role or 'nobody known'}, need user and assistant in turns")
@@ -709,7 +718,7 @@ def guess_columns(names):
 
 # %% ../nbs/14_data.ipynb #6d773877
 def read_turns(record, columns, sample):
-    "The turns of a record, from its messages or from its questions and answers (texts, or lists of them)."
+    "The turns of a record, from its messages or its questions and answers (texts, or lists). Raises a `SampleError`."
     if "turns" in columns:
         return pair_turns(message_list(record.get(columns["turns"]), sample), sample)
     both = [record.get(columns[key]) for key in ("questions", "answers")]
@@ -739,16 +748,8 @@ def repeated_ids(records, columns):
     return frozenset(repeated)
 
 # %% ../nbs/14_data.ipynb #e103a2ca
-@dataclass
-class ConversationSet:
-    "Records and how to read them: `len(data)`, and `data[i]`, a `Conversation` or a `SampleError`."
-    records: object                       # anything with len() and [i]
-    columns: dict                         # as of `guess_columns`
-    label: str = "data"
-    root: object = None                   # the folder under which paths of pictures lie
-    repeated: frozenset = frozenset()     # positions whose id came before
-    which: object = None                  # the records that belong to this set, all by default
-
+class Positions:
+    "Access by position, for `ConversationSet`: all records, or those in `which`."
     def __len__(self):
         return len(self.records) if self.which is None else len(self.which)
 
@@ -760,6 +761,17 @@ class ConversationSet:
     def select(self, indices):
         "The set of these positions only."
         return replace(self, which=np.asarray(indices) if self.which is None else np.asarray(self.which)[indices])
+
+# %% ../nbs/14_data.ipynb #a919b490
+@dataclass
+class ConversationSet(Positions):
+    "Records and how to read them: `len(data)`, and `data[i]`, a `Conversation` or a `SampleError`."
+    records: object                       # anything with len() and [i]
+    columns: dict                         # as of `guess_columns`
+    label: str = "data"
+    root: object = None                   # the folder under which paths of pictures lie
+    repeated: frozenset = frozenset()     # positions whose id came before
+    which: object = None                  # the records that belong to this set, all by default
 
 # %% ../nbs/14_data.ipynb #8b55ca51
 def read_position(data, i):
@@ -847,7 +859,7 @@ class Tally:
     messages: list = field(default_factory=list)
 
     def add(self, other):
-        "Takes another tally in."
+        "Takes another tally in: adds its counts and keeps its first messages."
         self.read, self.cut = self.read + other.read, self.cut + other.cut
         self.skipped.update(other.skipped)
         self.messages = (self.messages + other.messages)[:20]
@@ -883,7 +895,7 @@ def _find(leader, key):
 
 # %% ../nbs/14_data.ipynb #43baab28
 def split_by_image(data, share=0.1, seed=0, on_error="raise", tally=None):
-    "Positions for (training, validation), about `share` of the groups for validation; no picture is on both sides."
+    "Positions for (training, validation), about `share` of the groups there; no picture is on both sides. `ValueError`, and faults."
     if not 0 < share < 1:
         raise ValueError(f"share: got {share}, need a number between 0 and 1")
     leader, own, tally = {}, {}, Tally() if tally is None else tally
@@ -1084,12 +1096,12 @@ def collate_by_image(rows, pad_id):
 
 # %% ../nbs/14_data.ipynb #68648113
 def select_state(state, rows):
-    "The states of these rows, in this order."
+    "The states of these rows of a batch, in this order; a row may be asked for twice."
     return [type(s)(*(part[rows] for part in s)) for s in state]
 
 
 def read_prefixes(language, batch, see=None):
-    "The language model's state after each prefix of a batch; None where the batch has no picture. see: pictures -> (n, t, d_model)."
+    "The language model's state after each prefix of a batch, None without pictures. see: pictures -> (n, t, d_model), else `ValueError`."
     if not batch.images.numel():
         return None
     if see is None:
@@ -1130,7 +1142,7 @@ def batch_loss(language, batch, see=None):
 
 # %% ../nbs/14_data.ipynb #b614ad0f
 def first_fit(lengths, room):
-    "Positions of `lengths` in lines of at most `room`: longest first, each into the first line where it fits."
+    "Positions of `lengths` in lines of at most `room`: longest first, each into the first that fits. `ValueError` for a longer one."
     lines, free = [], []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[i] > room:
@@ -1217,7 +1229,7 @@ class Preparer:
 
 # %% ../nbs/14_data.ipynb #64610ef7
 def open_pictures(conversation, process):
-    "The pictures of a conversation as process() makes them, (k, 3, h, w); an empty tensor where there are none."
+    "The pictures of a conversation as process() makes them, (k, 3, h, w), empty where there are none. Raises a `SampleError`."
     pictures = [load_picture(image, conversation.name) for image in conversation.images]
     try:
         return process(pictures) if pictures else torch.empty(0, dtype=torch.uint8)
@@ -1254,7 +1266,7 @@ class Batches:
 
 # %% ../nbs/14_data.ipynb #6a15ee9f
 def sample_rows(batches, n, tally):
-    "The rows of position n; where that is skipped, of a sample drawn in its stead from the same set."
+    "The rows of position n; where it is skipped, of another sample of its set. `ValueError` after 100 that cannot be used."
     k, i = place(batches.mixture, n)
     data = batches.mixture.sets[k]
     for again in range(100):
@@ -1340,7 +1352,7 @@ def stream_rows(stream, record):
 
 
 def stream_batch(stream, ready, tally):
-    "A batch of the rows that are ready, with the tally of how they came."
+    "A `Batch` of the rows that are ready, with the tally of how they came."
     rows = list(chain.from_iterable(ready))
     tally.cut += sum(row.cut for row in rows)
     return replace(stream.collate(rows, stream.prepare.codec.pad_id), tally=tally)
@@ -1381,8 +1393,7 @@ def fault_counts(faults):
 def check_data(data, tokenizer=None, template="zephyr", max_length=None, limit=None):
     """Reads a whole set and reports: a dict of counts, lengths in tokens, faults by kind with the first messages, and the five longest samples.
 
-    tokenizer: without one a token is a byte. limit: look at so many samples only. A fault never stops it.
-    """
+    tokenizer: without one a token is a byte. limit: look at so many samples only. A fault never stops it."""
     codec, template = Codec(byte_tokenizer() if tokenizer is None else tokenizer), pick_template(template)
     faults, lengths, rows, good, usable = [], [], [], [], 0
     for i in range(len(data) if limit is None else min(limit, len(data))):
@@ -1418,8 +1429,8 @@ BUILT_IN = {"easy-vqa": lambda: easy_vqa_set("train"), "sort-of-clevr": lambda: 
 def open_data(path, root=None, columns=None):
     """The `ConversationSet` of a path: LLaVA's .json or .jsonl, .parquet or a folder of them, a folder of `save_to_disk`, or a name in BUILT_IN.
 
-    root: the folder under which pictures lie, by default that of the path. columns: as of `guess_columns`.
-    """
+    root: the folder under which pictures lie, by default that of the path. columns: as of `guess_columns`. Raises `FileNotFoundError`,
+    or `ValueError` for a file of another kind."""
     path = Path(path)
     if not path.exists():
         if str(path) in BUILT_IN:
@@ -1445,7 +1456,7 @@ def _arrow_data(path):
 
 # %% ../nbs/14_data.ipynb #b2d4dabc
 def open_tokenizer(path):
-    "The tokenizer in a tokenizer.json, or in a folder with one; a folder with a tokenizer_config.json is read with `transformers`."
+    "The tokenizer in a tokenizer.json, or a folder with one; tokenizer_config.json: with `transformers`. FileNotFoundError, ValueError."
     path = Path(path)
     if (path / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer
