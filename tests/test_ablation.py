@@ -1,0 +1,529 @@
+"""The grid: its statistics, its rows, its tasks, that it skips, prices and refuses as it says; and that every number in a table comes from a file."""
+import json
+import math
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from vlmamba_lite import ablation as A
+from vlmamba_lite import data as D
+from vlmamba_lite.evaluation import answer_all
+from vlmamba_lite.training import TrainingConfig, make_batch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ---- statistics ----
+
+@pytest.mark.parametrize("df, level, t", [(1, 0.95, 12.706), (2, 0.95, 4.303), (4, 0.95, 2.776), (9, 0.99, 3.250), (100, 0.90, 1.660), (10**6, 0.95, 1.960)])
+def test_quantiles_of_student_as_printed_in_tables(df, level, t):
+    assert A.t_quantile(df, level) == pytest.approx(t, abs=6e-4)
+
+
+def test_interval_by_hand():
+    middle, half = A.interval([1.0, 2.0, 3.0])                          # s = 1
+    assert (middle, half) == (2.0, pytest.approx(4.3027 / math.sqrt(3), abs=1e-3))
+    assert A.interval([5.0]) == (5.0, math.inf)
+    assert A.interval([7.0, 7.0]) == (7.0, 0.0)
+
+
+def test_pairs_are_those_of_equal_seeds():
+    a, b = {0: 3.0, 1: 5.0, 7: 100.0}, {1: 4.0, 0: 1.0, 2: -50.0}
+    assert A.paired(a, b) == A.interval([2.0, 1.0])
+    assert A.paired(a, {3: 1.0}) is None
+
+
+@pytest.mark.parametrize("difference, word", [(None, "open"), ((1.0, 1.0), "open"), ((1.0, 0.99), "better"), ((-1.0, 0.99), "worse"), ((3.0, math.inf), "open")])
+def test_verdicts(difference, word):
+    assert A.verdict(difference) == word
+
+
+def test_intervals_cover_as_often_as_they_say():
+    draws = np.random.default_rng(1).normal(3.0, 2.0, (4000, 5))
+    held = np.mean([abs(middle - 3.0) <= half for middle, half in map(A.interval, draws)])
+    assert abs(held - 0.95) < 0.012
+
+
+# ---- rows ----
+
+WORDS = D.build_tokenizer(["is it red?", "yes no"])
+
+
+def batch(pictures=2, questions=2):
+    g = torch.Generator().manual_seed(0)
+    ids = torch.tensor([WORDS.encode("is it red? yes").ids + [1]] * (pictures * questions))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    return torch.rand(pictures, 3, 64, 64, generator=g) * 2 - 1, ids, labels
+
+
+@pytest.mark.parametrize("name", A.ROWS)
+def test_every_row_learns_in_every_part(name):
+    model = A.build_row(name, WORDS, seed=1)
+    model(*batch()).loss.backward()
+    for part, module in model.named_children():
+        assert any(p.grad is not None and p.grad.any() for p in module.parameters()), part
+
+
+def test_a_row_changes_one_part():
+    base = asdict(A.row_config("lite", 30))
+    for name, row in A.ROWS.items():
+        changed = {part for part, value in asdict(A.row_config(name, 30)).items() if value != base[part]}
+        changed = {"connector" if part == "connector_args" else part for part in changed}
+        changed |= ({"connector"} if row.one_way else set()) | ({"order"} if row.question_first else set())
+        assert not row.star or len(changed) == (name != "lite"), (name, changed)
+
+
+def test_rows_do_not_repeat():
+    seen = [json.dumps([asdict(A.row_config(name, 30)), row.one_way, row.question_first], sort_keys=True) for name, row in A.ROWS.items()]
+    assert len(set(seen)) == len(seen) and len({row.label for row in A.ROWS.values()}) == len(seen)
+
+
+def test_same_seed_same_weights_and_the_lite_row_is_the_lite_model():
+    from vlmamba_lite.model import VLMamba, lite_config
+    torch.manual_seed(4)
+    plain = VLMamba(lite_config(WORDS.get_vocab_size()), WORDS).state_dict()
+    mine, other = A.build_row("lite", WORDS, 4).state_dict(), A.build_row("lite", WORDS, 5).state_dict()
+    assert all(torch.equal(plain[k], mine[k]) for k in plain) and any(not torch.equal(plain[k], other[k]) for k in plain)
+
+
+@pytest.mark.parametrize("name", ["lite-one_way", "vss_mlp-one_way"])
+def test_one_way_reads_in_raster_order_and_knows_nothing_of_later_patches(name):
+    scan = A.build_row(name, WORDS).connector.vss
+    x = torch.randn(1, 12, 96, generator=torch.Generator().manual_seed(0))
+    y = scan(x, (3, 4))
+    later = x.clone()
+    later[:, 7:] += 1
+    changed = (scan(later, (3, 4)) - y).abs().amax(-1)[0]
+    assert not changed[:7].any() and changed[7:].all()
+
+
+def test_one_way_is_the_first_direction():
+    from vlmamba_lite.vss import VSS
+    vss, x = VSS(8, "csm", d_state=4), torch.randn(2, 20, 8)
+    assert_close(A.OneWay(vss)(x, (4, 5)), vss.directions(x, (4, 5))[:, 0])
+    with pytest.raises(ValueError, match="vss: got VSS, need a VSS with shared weights"):
+        A.OneWay(VSS(8, "bsm", shared=False, d_state=4))
+
+
+def test_both_eyes_side_by_side():
+    model, images = A.build_row("conv+vit", WORDS).eval(), batch()[0]
+    tokens, grid = model.vision(images)
+    assert grid == (8, 8) and tokens.shape == (2, 64, 192)
+    assert_close(tokens, torch.cat([tower(images)[0] for tower in model.vision.towers], -1))
+
+
+# ---- question first ----
+
+def naive_question_first(model, image, ids, prompt):
+    "Logits from the last token of one question on, by one pass over [question; picture; rest] without states or pads."
+    seen = model.see(image)
+    x = torch.cat([model.language.embed(ids[None, :prompt - 1]), seen, model.language.embed(ids[None, prompt - 1:])], 1)
+    return model.language(inputs_embeds=x).logits[0, prompt - 1 + seen.shape[1]:]
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba", "attention"])
+def test_question_first_is_one_sequence(mixer, monkeypatch):
+    language = dict(d_model=96, n_layer=2, mixer=mixer, mixer_args=dict(headdim=32) if mixer == "attention" else {} if mixer == "mamba" else dict(d_state=8, headdim=32))
+    monkeypatch.setitem(A.ROWS, "mine", A._row("mine", language=language, question_first=True))
+    model = A.build_row("mine", WORDS).double().eval()
+    images = batch()[0].double()
+    turns = [("is red?", "yes"), ("is it red is it?", "no no"), ("red?", "yes"), ("is it?", "yes yes yes")]
+    ids, labels = zip(*(D.encode_turn(WORDS, *turn) for turn in turns))
+    prompt = [row.count(-100) for row in labels]
+    output = model(images, D.pad_rows(ids, 0), D.pad_rows(labels, -100))
+    losses = []
+    for i, own in enumerate(ids):
+        want = naive_question_first(model, images[i // 2:i // 2 + 1], torch.tensor(own), prompt[i])
+        assert_close(output.logits[i, :len(want)], want, rtol=1e-5, atol=1e-6)
+        losses.append(torch.nn.functional.cross_entropy(want[:-1], torch.tensor(own[prompt[i]:]), reduction="sum"))
+    assert_close(output.loss, sum(losses) / sum(len(own) - p for own, p in zip(ids, prompt)), rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
+def test_question_first_answers_are_its_own_greedy_words():
+    data = D.VQASet(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), *[None] * 8)
+    turns = [("is it red?", "yes"), ("red?", "no"), ("is it?", "yes")]
+    ids, labels = zip(*(D.encode_turn(WORDS, *turn) for turn in turns))
+    data = replace(data, input_ids=D.pad_rows(ids, 0), labels=D.pad_rows(labels, -100), prompt=torch.tensor([4, 2, 3]), types=np.zeros(3, int),
+                   table=np.array([[0, 1], [2, -1]]), questions=[q for q, _ in turns], answers=[a for _, a in turns], image_of=np.array([0, 0, 1]))
+    model = A.build_row("question_first", WORDS, 3)
+    got = A.answers_of(model, data, batch_size=1)
+    for row, text in enumerate(got):
+        words, image = list(ids[row][:data.prompt[row]]), D.normalize(data.images[data.image_of[row]][None])
+        for _ in range(3):
+            words.append(int(naive_question_first(model.eval(), image, torch.tensor(words), int(data.prompt[row]))[-1].argmax()))
+        assert text == A.decode_answer(WORDS, words[data.prompt[row]:])
+
+
+def test_tail():
+    assert A.tail(torch.arange(8).view(2, 4), torch.tensor([3, 1]), -1).tolist() == [[3, -1, -1], [5, 6, 7]]
+
+
+# ---- Sort-of-CLEVR ----
+
+@pytest.fixture(scope="module")
+def clevr():
+    return A.clevr_set(12, seed=3, lists=True)
+
+
+def test_the_set_is_the_one_of_the_course(clevr):
+    records = D.SortOfClevr(12, seed=3)
+    for i in range(12):
+        own = [(clevr.questions[r], clevr.answers[r]) for r in clevr.table[i] if r >= 0 and clevr.types[r] < 3]
+        assert own == list(zip(records[i]["questions"], records[i]["answers"]))
+        assert torch.equal(clevr.images[i], D.process_images([records[i]["image"]], 64)[0])
+    assert set(A.clevr_set(12, seed=3).questions) <= set(A.CLEVR_QUESTIONS)
+
+
+def test_rows_decode_to_their_turns(clevr):
+    words = A.clevr_tokenizer()
+    for row in range(len(clevr.questions)):
+        ids, prompt = clevr.input_ids[row], int(clevr.prompt[row])
+        assert words.decode(ids[:prompt].tolist()) == re.sub(r"\?", " ?", clevr.questions[row])
+        assert words.decode(clevr.labels[row][clevr.labels[row] != -100].tolist()) == clevr.answers[row]
+    assert words.token_to_id(D.UNK) not in clevr.input_ids
+
+
+@pytest.mark.parametrize("first", range(6))
+def test_lists_say_what_the_questions_say(first):
+    colors = "|".join(D.CLEVR_COLORS)
+    for seed in range(12):
+        scene = D.random_scene(np.random.default_rng((seed, first)))
+        said, turns = {}, A.scene_lists(scene, first)
+        assert [q.split()[0] for q, _ in turns] == ["describe"] * 2 + ["list"] * 3
+        for question, text in turns:
+            kinds = list(D.NON_RELATIONAL) if question == "describe" else [A.CLEVR_QUESTIONS[question.removeprefix("list ")]]
+            begin = [] if question == "describe" else [re.search(colors, question)[0]]
+            parts = [*begin, *(part.strip() for part in re.split(rf"\b({colors})\b", text) if part.strip())]
+            for color, words in zip(parts[::2], parts[1::2], strict=True):
+                said |= {(kind, color): word for kind, word in zip(kinds, words.split(), strict=True)}
+        for i, color in enumerate(D.CLEVR_COLORS):
+            for kind in (*D.NON_RELATIONAL, *D.RELATIONAL):
+                assert said.get((kind, color)) == D.scene_answer(scene, kind, i)
+
+
+def test_scores_by_hand(clevr):
+    plain = A.clevr_set(12, seed=3)
+    kinds = [A.CLEVR_QUESTIONS[q] for q in plain.questions]
+    guesses = [a if kind in ("shape", "count") else "?" for a, kind in zip(plain.answers, kinds)]
+    scores = A.clevr_score(guesses, plain)
+    assert {k: v for k, v in scores.items() if k in ("shape", "left", "top", "closest", "furthest", "count")} == dict(shape=1, left=0, top=0, closest=0, furthest=0, count=1)
+    assert scores["non-relational"] == pytest.approx(kinds.count("shape") / 120) and scores["relational"] == pytest.approx(kinds.count("count") / 120)
+    assert A.clevr_score(plain.answers, plain)["all"] == 1
+
+
+def test_batches_follow_the_phases_and_mirror_nothing(clevr):
+    config = TrainingConfig(steps=10, batch_size=4, questions=4, phases=A.CLEVR_PHASES)
+    for step in (0, 9):
+        images, ids, labels = A.clevr_batch(clevr, config, 0, step)
+        again = A.clevr_batch(clevr, config, 0, step)
+        assert all(torch.equal(a, b) for a, b in zip((images, ids, labels), again))
+        assert images.shape == (4, 3, 64, 64) and len(ids) == len(labels) == 16 and (labels != -100).any(1).all()
+        known = D.normalize(clevr.images)
+        assert all((known == image).flatten(1).all(1).any() for image in images)
+        begun = [A.clevr_tokenizer().id_to_token(row[0]) for row in ids.tolist()]
+        assert begun.count("describe") == (8 if step == 0 else 0) and begun.count("list") == (0 if step == 0 else 12)
+
+
+def test_test_pictures_are_not_training_pictures():
+    train, test = ({bytes(image.numpy().tobytes()) for image in A.clevr_set(400, seed).images} for seed in (0, 2))
+    assert len(train) == len(test) == 400 and not train & test
+
+
+def test_positions():
+    grid = A.grid_positions(8, 96)
+    assert grid.shape == (64, 96) and grid.abs().max() <= 0.5
+    assert_close(grid @ grid.T, (grid @ grid.T).T)
+    distances = torch.cdist(grid, grid)
+    assert (distances + torch.eye(64) * 9).min() > 0.1                   # no two places alike
+    with pytest.raises(ValueError, match="dim: got 6, need a multiple of 4"):
+        A.grid_positions(4, 6)
+    for name in ("lite", "vit", "conv+vit"):
+        model = A.place_eyes(A.build_row(name, WORDS))
+        placed = [p for n, p in model.vision.named_parameters() if n.endswith("position")]
+        assert len(placed) == (2 if name == "conv+vit" else 1) and all(torch.equal(p, grid) for p in placed)
+
+
+# ---- a run, and the grid ----
+
+@pytest.fixture
+def quick(monkeypatch):
+    "Two rows and two tasks that take no time."
+    tiny = dict(d_model=16, n_layer=1, mixer_args=dict(d_state=8, headdim=8, chunk_size=32))
+    eye = dict(dim=16, width=8, image_size=64)
+    rows = {"a": A._row("A", vision=eye, language=tiny), "b": A._row("B", vision=eye, language=tiny, connector="mlp")}
+    config = TrainingConfig(steps=3, batch_size=4, questions=6, phases=A.CLEVR_PHASES, evaluations=2)
+    task = A.Task(config, A.load_clevr, A.clevr_batch, A.clevr_score, (8, 2, 3), True)
+    monkeypatch.setattr(A, "ROWS", rows)
+    monkeypatch.setattr(A, "TASKS", {"one": task, "two": replace(task, positions=False), "hidden": replace(task, default=False)})
+    return rows
+
+
+def test_a_result_says_everything(quick, tmp_path):
+    [result] = A.run_grid(["a"], ["one"], 1, tmp_path)
+    assert json.loads((tmp_path / "one.a.seed0.json").read_text()) == result
+    assert {"commit", "command", "hardware", "versions", "date"} <= set(result)
+    assert (result["task"], result["row"], result["seed"], result["steps"]) == ("one", "a", 0, 3)
+    assert result["test_accuracy"] == result["test"]["all"] and {"relational", "non-relational", "closest"} <= set(result["test"])
+    assert [point["step"] for point in result["curve"]] == [2, 3] and result["curve"][-1]["validation"] == result["validation"]
+    assert result["test_questions"] == 60 and result["parameters"]["total"] > 0
+    assert all(result[f"{what}_cpu_seconds"] >= 0 for what in ("train", "exam"))
+    assert result["settings"] == A.row_settings("one", "a")
+
+
+def test_runs_that_are_done_are_skipped_and_new_ones_announced(quick, tmp_path):
+    told = []
+    first = A.run_grid(["a"], ["one"], 1, tmp_path, on_row=told.append)
+    stamp = (tmp_path / "one.a.seed0.json").stat().st_mtime_ns
+    both = A.run_grid(["a", "b"], ["one"], 1, tmp_path, on_row=told.append)
+    assert (tmp_path / "one.a.seed0.json").stat().st_mtime_ns == stamp
+    assert [r["row"] for r in told] == ["a", "b"] and both[0] == first[0]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_same_seed_same_result(quick, tmp_path):
+    one, two = (A.run_grid(["a"], ["one"], 1, tmp_path / name)[0] for name in "xy")
+    assert all(one[k] == two[k] for k in ("test", "curve", "parameters"))
+
+
+def test_both_rows_see_the_same_pictures(quick):
+    "Batches are a function of seed and step, not of the row."
+    _, data = A.load_clevr(8, 2, 3)
+    config = A.TASKS["one"].config
+    a, b = (A.clevr_batch(data["train"], config, 1, 2) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b)) and not torch.equal(a[0], A.clevr_batch(data["train"], config, 2, 2)[0])
+
+
+def test_other_settings_are_refused(quick, tmp_path, monkeypatch):
+    A.run_grid(["a"], ["one"], 1, tmp_path)
+    task = A.TASKS["one"]
+    monkeypatch.setitem(A.TASKS, "one", replace(task, config=replace(task.config, steps=4)))
+    with pytest.raises(ValueError, match=r"one\.a\.seed0\.json: training\.steps: got 3, need 4; .* move it away"):
+        A.run_grid(["a"], ["one"], 1, tmp_path)
+    with pytest.raises(ValueError, match="training.steps"):
+        A.run_grid(["a"], ["one"], 1, tmp_path, dry_run=True)
+
+
+def test_a_broken_file_is_named(quick, tmp_path):
+    (tmp_path / "one.a.seed0.json").write_text('{"task": ')
+    with pytest.raises(ValueError, match="one.a.seed0.json"):
+        A.run_grid(["a"], ["one"], 1, tmp_path)
+
+
+@pytest.mark.parametrize("arguments, text", [
+    (dict(rows=["c"]), "rows: got 'c', need some of a, b"), (dict(tasks=["x"]), "tasks: got 'x', need some of one, two, hidden"),
+    (dict(seeds=0), "seeds: got 0, need at least 1"), (dict(threads=0), "threads: got 0, need at least 1"), (dict(device="tpu"), "device: got 'tpu', need 'auto' or 'cpu'")])
+def test_bad_arguments(quick, tmp_path, arguments, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        A.run_grid(**{"output": tmp_path, **arguments})
+
+
+def test_no_time_no_run(quick, tmp_path):
+    assert A.run_grid(["a"], ["one"], 2, tmp_path, minutes=0) == [] and not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_prices_and_trains_nothing(quick, tmp_path):
+    A.run_grid(["a"], ["one"], 1, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    plan = A.run_grid(None, None, 2, tmp_path, dry_run=True)
+    assert sorted(tmp_path.iterdir()) == before
+    assert [(run["task"], run["row"], run["seed"]) for run in plan] == [(t, r, s) for t in ("one", "two") for r in "ab" for s in range(2)]
+    assert [run["done"] for run in plan] == [True] + [False] * 7
+    assert [run["source"] for run in plan[:4]] == ["recorded"] * 2 + ["timed"] * 2 and all(run["cpu_seconds"] >= 0 for run in plan)
+
+
+def test_cost_table_adds_up():
+    plan = [dict(task="t", row=row, seed=seed, done=done, cpu_seconds=1800.0, source=source)
+            for row, seed, done, source in (("a", 0, True, "recorded"), ("a", 1, False, "recorded"), ("b", 0, False, "timed"))]
+    lines = A.cost_table(plan).split("\n")
+    assert lines[1].split()[:6] == ["t", "a", "2", "1", "1", "1800"] and lines[1].endswith("runs of this row")
+    assert lines[2].split()[:6] == ["t", "b", "1", "0", "1", "1800"] and lines[2].endswith("timed now")
+    assert lines[3] == "3 runs, 1 done, 2 left: 1.0 of 1.5 CPU hours"
+
+
+def test_threads_are_put_back(quick, tmp_path):
+    before = torch.get_num_threads()
+    with A.at_work(before + 1, "cpu") as device:
+        assert torch.get_num_threads() == before + 1 and device == "cpu"
+    assert torch.get_num_threads() == before
+
+
+def test_a_few_answers_are_the_answers(quick):
+    "What `timed_price` times is what a run does: pictures of a part of a set, with the answers of the whole."
+    model, data = A.start_row("one", "a")
+    few = replace(data["test"], images=data["test"].images[:2], table=data["test"].table[:2])
+    whole, part = A.answers_of(model, data["test"]), A.answers_of(model, few)
+    assert part[:40] == whole[:40] and part[40:] == [None] * 20 and whole == answer_all(model, data["test"])
+
+
+def test_easy_task_is_the_recipe_of_the_course():
+    task = A.TASKS["easy-vqa"]
+    assert task.batch is make_batch and asdict(replace(task.config, steps=1000, batch_size=32, evaluations=6)) == asdict(TrainingConfig())
+
+
+# ---- tables ----
+
+def made(task, row, seed, **test):
+    return dict(task=task, row=row, seed=seed, test=test, parameters={"total": 1000}, train_cpu_seconds=60.0)
+
+
+RESULTS = [made("easy-vqa", row, seed, all=(score + seed * step) / 100)
+           for row, score, step in (("mlp", 70, 1), ("lite", 75, 1), ("vss_mlp", 70, 2)) for seed in range(5)]
+
+
+def test_table_by_hand():
+    lines = A.ablation_table(RESULTS, "easy-vqa", ["mlp", "lite", "vss_mlp", "wide"]).split("\n")
+    assert len(lines) == 5                                               # a row that was not run is not there
+    assert lines[2] == "| MLP | 1,000 | 5 | 1.0 | 72.0 ± 2.0 | – |"     # 2.776 * 1.5811 / sqrt 5
+    assert lines[3] == "| VSS-L2, BSM | 1,000 | 5 | 1.0 | 77.0 ± 2.0 | +5.0 ± 0.0 |"
+    assert lines[4] == "| VSS-MLP, BSM | 1,000 | 5 | 1.0 | 74.0 ± 3.9 | +2.0 ± 2.0 |"
+
+
+def test_sentences():
+    claims = list(A.CLAIMS)
+    assert A.what_holds(RESULTS, "easy-vqa", claims[0]) == "**holds** on easy-vqa: +5.0 ± 0.0 points (5 seeds)"
+    assert A.what_holds(RESULTS, "easy-vqa", claims[1]).startswith("**contradicted** on easy-vqa: -2.0") or "cannot be said" in A.what_holds(RESULTS, "easy-vqa", claims[1])
+    assert A.what_holds(RESULTS, "easy-vqa", claims[2]) == "not run on easy-vqa yet"
+    assert A.what_holds(RESULTS[:1] + RESULTS[5:6], "easy-vqa", claims[0]) == "not run on easy-vqa yet"
+
+
+def test_claims_name_rows():
+    assert {row for _, *rows in A.CLAIMS.values() for row in rows} <= set(A.ROWS)
+
+
+@pytest.mark.parametrize("name", A.PAPER_TABLES)
+def test_papers_tables_are_whole(name):
+    columns, rows = A.PAPER_TABLES[name]
+    assert all(len(values.split()) == len(columns.split()) for values in rows.values())
+    assert "the paper's" in A.paper_table(name) and len(A.paper_table(name).split("\n")) == 2 + len(rows)
+
+
+def test_claims_count_the_papers_columns():
+    "'in 5 of 8 columns' is counted from the tables."
+    def above(table, a, b):
+        rows = {k: [float(v) for v in values.split()] for k, values in A.PAPER_TABLES[table][1].items()}
+        return sum(x > y for x, y in zip(rows[a], rows[b])), len(rows[a])
+    counted = [above("VL-Mamba, Table 4: connector", "VSS-L2", "MLP"), above("VL-Mamba, Table 4: connector", "VSS-MLP", "MLP"),
+               above("VL-Mamba, Table 5: scan", "BSM", "CSM"), above("ML-Mamba, Table 6: connector", "MSC-MLP Basic", "MLP"),
+               above("ML-Mamba, Table 6: connector", "MSC-MLP Advanced", "MSC-MLP Basic"), above("ML-Mamba, Table 7: scan", "BSM", "CSM"),
+               min(above("ML-Mamba, Table 5: vision encoder", "DINOv2+SigLIP", one) for one in ("DINOv2", "SigLIP"))]
+    said = [tuple(map(int, m.groups())) for claim in A.CLAIMS if (m := re.search(r"in (\d) of (\d) columns", claim))]
+    assert said == counted
+
+
+# ---- every number comes from a file ----
+
+FILES = sorted((ROOT / "data" / "results").rglob("*.json"))
+HARDWARE = {"cpu", "cores", "threads", "gpu"}
+
+
+def missing(path):
+    "What a result file does not say of where it comes from."
+    result = json.loads(path.read_text(encoding="utf-8"))
+    need = {"commit", "command", "hardware", "versions", "date"} | ({"seed"} if path.name not in SEEDLESS else set())
+    wrong = sorted(name for name in need if result.get(name) in (None, "", {}))
+    return wrong + sorted(HARDWARE - set(result.get("hardware") or {})) + ["torch"] * ("torch" not in (result.get("versions") or {}))
+
+
+SEEDLESS = {"test_command.json": "counts tests and seconds", "kernels_static.json": "counts instructions"}      # nothing is drawn in these
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_result_file_says_where_it_comes_from(path):
+    assert not missing(path)
+
+
+def test_a_file_that_does_not_say_is_found(tmp_path):
+    bad = json.loads(FILES[0].read_text(encoding="utf-8"))
+    for name in ("commit", "hardware", "seed"):
+        path = tmp_path / "bad.json"
+        path.write_text(json.dumps({k: v for k, v in bad.items() if k != name}))
+        assert missing(path)
+
+
+ABLATIONS = sorted((ROOT / "data" / "results" / "ablations").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda p: p.stem)
+def test_ablation_files(path):
+    "Named after what they hold, made from clean code, by today's settings."
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert path.name == f"{result['task']}.{result['row']}.seed{result['seed']}.json"
+    assert not result["commit"].endswith("-dirty")
+    assert A.kept_result(path, A.row_settings(result["task"], result["row"])) == result
+    assert result["test_accuracy"] == result["test"]["all"] and 0 <= result["test_accuracy"] <= 1
+
+
+TABLES = ("index", "18_scaling", "19_ablations")
+READS = re.compile(r"read_result\(|read_grid\(|Markdown\(|data/results|^def |^[A-Z_]+ = ", re.M)
+
+
+def outputs(cell):
+    "The Markdown a cell has stored."
+    found = [o["data"]["text/markdown"] for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})]
+    return "".join(found[0]) if found else None
+
+
+def recompute(path, monkeypatch):
+    "[(source, stored, computed)] of all cells with Markdown: imports, what reads the files, and tables are run, and nothing else."
+    import matplotlib
+    matplotlib.use("Agg")
+    monkeypatch.chdir(path.parent)
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    module = next((m[1] for c in cells if (m := re.search(r"#\| *default_exp (\w+)", c.source))), None)
+    space, found = {}, []
+    if module:
+        space.update(vars(__import__(f"vlmamba_lite.{module}", fromlist=["x"])))
+    for cell in cells:
+        source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))
+        imports = re.match(r"\s*(from|import) ", source) and "#| exports" not in cell.source
+        if "#| exports" not in cell.source and (imports or READS.search(source)) and "torch.randn" not in source:
+            value = run(source, space)
+            if outputs(cell) is not None:
+                found.append((source, outputs(cell), getattr(value, "data", None)))
+    return found
+
+
+def run(source, space):
+    "Runs a cell; what its last expression is."
+    import ast
+    tree = ast.parse(source)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "cell", "exec"), space)
+    return None if last is None else eval(compile(ast.Expression(last.value), "cell", "eval"), space)
+
+
+def typed_in(source, table):
+    "Decimals of a table, other than the papers' and published ones, that stand in the code that made it."
+    lines = [line for line in table.split("\n") if line.startswith("|") and "published" not in line]
+    numbers = set(re.findall(r"\d+\.\d+", "\n".join(lines)))
+    return sorted(n for n in numbers if re.search(rf"(?<![\d.]){re.escape(n)}(?![\d.])", source))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_what_the_files_say(name, monkeypatch):
+    found = recompute(ROOT / "nbs" / f"{name}.ipynb", monkeypatch)
+    assert any("|---|" in stored for _, stored, _ in found)
+    for source, stored, computed in found:
+        assert stored == computed, f"{name}: the stored table is not what the files say now; run tests/refresh_notebooks.py\n{source}"
+        assert not typed_in(source, stored), source
+
+
+def test_a_number_that_was_typed_in_is_found():
+    assert typed_in('Markdown("| a | 12.34 |")', "| a | 12.34 |") == ["12.34"]
+    assert not typed_in("Markdown(table(result))", "| a | 12.34 |")
+
+
+def test_the_last_chapter_shows_the_run_on_file():
+    "Chapter 21 trains seed 3 in the open; what it prints is what the file of that seed says."
+    cells = nbformat.read(ROOT / "nbs" / "21_train_vlmamba.ipynb", as_version=4).cells
+    printed = "".join("".join(o.get("text", "")) for c in cells for o in c.get("outputs", []) if o.output_type == "stream")
+    result = json.loads((ROOT / "data" / "results" / "train_lite_seed3.json").read_text(encoding="utf-8"))
+    for name, share in {**result["accuracy_by_type"], **{f"floor: {k}": v for k, v in result["floors"].items()}}.items():
+        assert f"{100 * share:6.2f} %  {name}" in printed
