@@ -45,7 +45,7 @@ from .training import RUN_CONFIG, write_result, write_run_config
 
 # %% ../nbs/17_evaluation.ipynb #bb2617c8
 def accuracy(predictions, answers):
-    "Share of predictions equal to the answer, letter for letter."
+    "Share of predictions equal to the answer, letter for letter. Raises `ValueError` unless there is one prediction an answer."
     if len(predictions) != len(answers) or not len(answers):
         raise ValueError(f"predictions: got {len(predictions)}, need {len(answers)}, one an answer and at least one")
     return float(np.mean([p == a for p, a in zip(predictions, answers)]))
@@ -136,6 +136,13 @@ def pick_samples(predictions, data, count=8, seed=0):
     return rows
 
 # %% ../nbs/17_evaluation.ipynb #a1609e18
+def _draw_sample(axis, picture, question, given, true):
+    "A picture (3, h, w) with its question, the answer given, and the true one where that is another."
+    verdict = given if given == true else fill(f"{given} (true: {true})", 24)
+    axis.imshow(picture.permute(1, 2, 0).numpy())
+    axis.set_title(f"{fill(question, 24)}\n{verdict}", fontsize=8, color="black" if given == true else "firebrick")
+
+# %% ../nbs/17_evaluation.ipynb #56a89b17
 def plot_samples(predictions, data, rows, path=None):
     "Pictures with question, answer given and true answer (wrong ones in red); saved to `path` if given. Returns the figure."
     from matplotlib.figure import Figure                                  # only who draws pays for the import
@@ -146,17 +153,14 @@ def plot_samples(predictions, data, rows, path=None):
     for axis in axes.flat:
         axis.axis("off")
     for row, axis in zip(rows, axes.flat):
-        given, true = predictions[row], data.answers[row]
-        axis.imshow(data.images[data.image_of[row]].permute(1, 2, 0).numpy())
-        verdict = given if given == true else fill(f"{given} (true: {true})", 24)
-        axis.set_title(f"{fill(data.questions[row], 24)}\n{verdict}", fontsize=8, color="black" if given == true else "firebrick")
+        _draw_sample(axis, data.images[data.image_of[row]], data.questions[row], predictions[row], data.answers[row])
     if path is not None:
         write_atomically(path, lambda part: figure.savefig(part, dpi=150, format="png"))
     return figure
 
 # %% ../nbs/17_evaluation.ipynb #d89e52a2
 def leave_one_out(prediction, answers):
-    "Soft accuracy of one answer in [0, 1]: mean over annotators i of min(1, matches among the others / 3) (VQA, arXiv 1505.00468)."
+    "Soft accuracy of one answer in [0, 1]: mean over annotators of min(1, matches among the others / 3). `ValueError` for fewer than two."
     if len(answers) < 2:
         raise ValueError(f"answers: got {len(answers)}, need at least 2: one is left out")
     matches = [answer == prediction for answer in answers]
@@ -288,7 +292,7 @@ def share(part, whole):
 
 
 def pope_parts(predictions, labels):
-    "Answers as text and labels 'yes' or 'no' -> (questions, 4): true and false yes, true and false no."
+    "Answers as text and labels 'yes' or 'no', else `ValueError` -> (questions, 4): true and false yes, true and false no."
     check_pairs(predictions, labels, {"yes", "no"})
     said, true = (np.array([word == "yes" for word in words]) for words in (map(pope_answer, predictions), labels))
     return np.stack([said & true, said & ~true, ~said & ~true, ~said & true], 1).astype(float)
@@ -350,7 +354,7 @@ def mme_scores(predictions, labels, categories, pictures):
 
 # %% ../nbs/17_evaluation.ipynb #4291f48e
 def circular_parts(right, groups):
-    "Was each rotation answered rightly, and of which question is it -> (questions, 4): all right, 1, rotations right, rotations."
+    "Was each rotation right, of which question is it (one each, `ValueError`) -> (questions, 4): all right, 1, rotations right, rotations."
     check_pairs(right, groups)
     circles = defaultdict(list)
     for hit, group in zip(right, groups):
@@ -367,7 +371,7 @@ def bootstrap(parts, formula, strata=None, resamples=1000, level=0.95, seed=0):
     """{name of a score: (low, high)}: percentile intervals of `formula(parts[drawn].sum(0))`, rows drawn with replacement.
 
     parts: (units, numbers), one row for each unit that is drawn. strata: a label a row; each stratum keeps its number of rows. Same seed, same intervals.
-    """
+    Raises `ValueError` for parts, resamples or a level that make no interval."""
     parts, rng = np.asarray(parts, float), np.random.default_rng(seed)
     if parts.ndim != 2 or not len(parts) or resamples < 1 or not 0 < level < 1:
         raise ValueError(f"parts: got shape {parts.shape}, {resamples} resamples, level {level}; need (units, numbers), at least 1, and in (0, 1)")
@@ -438,7 +442,7 @@ def check_folder(root):
 
 # %% ../nbs/17_evaluation.ipynb #775a408b
 def read_table(root, *names):
-    "What is in the file under `root` that has the first of these names (patterns) to exist: JSON, JSON lines or tab-separated values."
+    "The records in the one file under `root` of the first of these names (patterns) that exists. FileNotFoundError, ValueError that names it."
     root = check_folder(root)
     files = next((found for found in (sorted(root.glob(name)) for name in names) if found), [])
     if len(files) != 1:
@@ -465,7 +469,7 @@ def by_name(records, key, source):
 
 # %% ../nbs/17_evaluation.ipynb #16ee0256
 def people(record, name):
-    "The answers of several people: a list of texts, or of {'answer': text}."
+    "The answers of several people: a list of texts, or of {'answer': text}. Raises a `SampleError` for others."
     answers = [a.get("answer") if isinstance(a, dict) else a for a in need(record, "answers", list, name)]
     if len(answers) < 2 or not all(isinstance(a, str) for a in answers):
         raise fault(name, "record", f"answers: got {len(answers)}, need at least two texts")
@@ -473,7 +477,7 @@ def people(record, name):
 
 # %% ../nbs/17_evaluation.ipynb #a4aa865f
 def read_vqav2(root):
-    "VQAv2's validation questions."
+    "VQAv2's validation questions, with the ten answers of each. Raises `SampleError`."
     asked = need(read_table(root, "v2_OpenEnded_mscoco_val2014_questions.json"), "questions", list, "questions")
     notes = need(read_table(root, "v2_mscoco_val2014_annotations.json"), "annotations", list, "annotations")
     notes, samples = by_name(notes, "question_id", "annotations"), []
@@ -485,21 +489,21 @@ def read_vqav2(root):
 
 # %% ../nbs/17_evaluation.ipynb #e5ca68b5
 def read_textvqa(root):
-    "TextVQA's validation questions."
+    "TextVQA's validation questions, with the ten answers of each. Raises `SampleError`."
     records = by_name(need(read_table(root, "TextVQA_*_val.json"), "data", list, "data"), "question_id", "data")
     return [Sample(name, need(r, "question", str, name), find_picture(root, f"train_images/{need(r, 'image_id', str, name)}.jpg", name), people(r, name))
             for name, r in records.items()]
 
-
+# %% ../nbs/17_evaluation.ipynb #66aa5a1d
 def read_vizwiz(root):
-    "VizWiz's validation questions, one a picture."
+    "VizWiz's validation questions, one a picture, with ten answers. Raises `SampleError`."
     records = by_name(read_table(root, "val.json", "Annotations/val.json"), "image", "val.json")
     return [Sample(name, need(r, "question", str, name), find_picture(root, f"val/{name}", name), people(r, name),
                    labels=(need(r, "answer_type", str, name),)) for name, r in records.items()]
 
-
+# %% ../nbs/17_evaluation.ipynb #acb96702
 def read_gqa(root):
-    "GQA's balanced test-dev questions."
+    "GQA's balanced test-dev questions, with one answer each. Raises `SampleError`."
     records = need({"questions": read_table(root, "testdev_balanced_questions.json")}, "questions", dict, "questions")
     return [Sample(name, need(r, "question", str, name), find_picture(root, f"images/{need(r, 'imageId', str, name)}.jpg", name),
                    (need(r, "answer", str, name),)) for name, r in records.items()]
@@ -514,7 +518,7 @@ def choice(options, answer, name):
 
 # %% ../nbs/17_evaluation.ipynb #7f9e6a0d
 def read_scienceqa(root):
-    "ScienceQA's test questions that have a picture; a hint stands under its question."
+    "ScienceQA's test questions that have a picture; a hint stands under its question. Raises `SampleError`."
     problems, split = read_table(root, "problems.json"), need(read_table(root, "pid_splits.json"), "test", list, "pid_splits.json")
     samples = []
     for name in map(str, split):
@@ -535,7 +539,7 @@ def one_of(value, allowed, name):
 
 
 def read_pope(root):
-    "POPE's three files; an id is only unique within its file."
+    "POPE's questions from its three files; an id is only unique within its file. Raises `SampleError`."
     samples = []
     for kind in ("random", "popular", "adversarial"):
         records = by_name(read_table(root, f"coco_pope_{kind}.json"), "question_id", f"coco_pope_{kind}.json")
@@ -547,7 +551,7 @@ def read_pope(root):
 
 # %% ../nbs/17_evaluation.ipynb #aea1df2f
 def mme_picture(root, text):
-    "The picture that belongs to a text file of MME."
+    "The picture that belongs to a text file of MME, exactly one. Raises `SampleError`."
     folder = text.parent.parent / "images" if text.parent.name == "questions_answers_YN" else text.parent
     found = [p for p in sorted(folder.glob("*")) if p.stem == text.stem and p.suffix.lower() in (".jpg", ".png", ".jpeg")]
     if len(found) != 1:
@@ -556,7 +560,7 @@ def mme_picture(root, text):
 
 # %% ../nbs/17_evaluation.ipynb #129272d5
 def read_mme(root):
-    "MME's categories that are there; two questions a picture."
+    "The questions of MME's categories that are there, two a picture. Raises `SampleError`."
     root, samples = check_folder(root), []
     for category in PERCEPTION + COGNITION:
         for text in sorted([*(root / category).glob("*.txt"), *(root / category / "questions_answers_YN").glob("*.txt")]):
@@ -569,7 +573,7 @@ def read_mme(root):
 
 # %% ../nbs/17_evaluation.ipynb #573c95ff
 def table_picture(text, rows, name):
-    "{'bytes'} of a picture in base64, or of the row whose index stands there."
+    "{'bytes'} of a picture in base64, or of the row whose index stands there. Raises `SampleError`."
     text = rows.get(text, {}).get("image") or text
     try:
         return {"bytes": base64.b64decode(text, validate=True)}
@@ -578,7 +582,7 @@ def table_picture(text, rows, name):
 
 # %% ../nbs/17_evaluation.ipynb #a6ef6c7c
 def read_mmbench(root):
-    "MMBench's one table of questions and their rotations."
+    "The questions and their rotations in MMBench's one table. Raises `SampleError`."
     rows, samples = by_name(read_table(root, "*.tsv"), "index", "the table"), []
     for name, r in rows.items():
         options = tuple(r[letter] for letter in "ABCDE" if (r.get(letter) or "").strip())
@@ -592,7 +596,7 @@ def read_mmbench(root):
 
 # %% ../nbs/17_evaluation.ipynb #a6e54ab8
 def read_seed(root):
-    "SEED-Bench's questions about pictures, scored by kind as well."
+    "SEED-Bench's questions about pictures, scored by kind as well. Raises `SampleError`."
     table = read_table(root, "SEED-Bench.json")
     kinds = {number: kind for kind, number in need(table, "question_type", dict, "question_type").items()}
     samples = []
@@ -607,7 +611,7 @@ def read_seed(root):
 
 # %% ../nbs/17_evaluation.ipynb #9bec3425
 def read_vsr(root):
-    "VSR's statements, true (label 1) or false (0); named by their line."
+    "VSR's statements, true (label 1) or false (0); named by their line. Raises `SampleError`."
     samples = []
     for i, r in enumerate(read_table(root, "test.jsonl", "*.jsonl")):
         name = f"line {i}"
@@ -618,7 +622,7 @@ def read_vsr(root):
 
 
 def read_mm_vet(root):
-    "MM-Vet's questions, scored by capability as well."
+    "MM-Vet's questions and reference answers, scored by capability as well. Raises `SampleError`."
     records = need({"questions": read_table(root, "mm-vet.json")}, "questions", dict, "questions")
     return [Sample(name, need(r, "question", str, name), find_picture(root, f"images/{need(r, 'imagename', str, name)}", name),
                    (need(r, "answer", str, name),), labels=tuple(map(str, need(r, "capability", list, name)))) for name, r in records.items()]
@@ -666,7 +670,7 @@ def pope_files(names, sums):
 
 
 def rate_pope(samples, predictions):
-    "POPE: questions, drawn within their files."
+    "POPE (arXiv 2305.10355): answers rated; questions are drawn within their files. Raises `ValueError` for other labels."
     strata = [s.labels[0] for s in samples]
     names = list(dict.fromkeys(strata))
     parts = pope_parts(predictions, [s.answers[0] for s in samples])
@@ -687,6 +691,11 @@ def rate_mmbench(samples, predictions):
     return Rated(circular_parts(right, [s.unit for s in samples]), circular_formula, None, "questions with their rotations")
 
 # %% ../nbs/17_evaluation.ipynb #5e1ce070
+def _judge_prompt(prediction, sample):
+    return (f"Question: {sample.question}\nRight answer: {sample.answers[0]}\nAnswer to grade: {prediction}\n"
+            "How right is the answer to grade? Reply with one number from 0.0 (wrong) to 1.0 (right).")
+
+# %% ../nbs/17_evaluation.ipynb #b980a086
 class Judge:
     """A language model that grades an answer from 0 to 1: `complete(prompt, key)` -> its reply as text. ValueError without either.
 
@@ -699,9 +708,7 @@ class Judge:
         self.complete, self.key = complete, key
 
     def __call__(self, prediction, sample):
-        prompt = (f"Question: {sample.question}\nRight answer: {sample.answers[0]}\nAnswer to grade: {prediction}\n"
-                  "How right is the answer to grade? Reply with one number from 0.0 (wrong) to 1.0 (right).")
-        reply = self.complete(prompt, self.key)
+        reply = self.complete(_judge_prompt(prediction, sample), self.key)
         grade = re.fullmatch(r"\s*(0(?:\.\d+)?|1(?:\.0+)?)\s*", reply if isinstance(reply, str) else "")
         if not grade:
             raise ValueError(f"judge: got {reply!r} for question {sample.name}, need one number from 0 to 1")
@@ -804,7 +811,7 @@ class Answers:
 
 # %% ../nbs/17_evaluation.ipynb #49931f8a
 def answer_line(sample, prediction):
-    "A line of predictions.jsonl."
+    "A line of predictions.jsonl: the sample's name, its question, the prediction."
     return json.dumps({"name": sample.name, "question": sample.question, "prediction": prediction}) + "\n"
 
 
@@ -832,8 +839,7 @@ def answer_samples(model, samples, path, batch_size=16, resume=False, ask=None, 
     """Predictions of `model(images, questions)` for all samples, in batches, appended to the .jsonl file `path`; returns them.
 
     ask: sample -> question text, the sample's own without it. on_step: called with the number of answers there are.
-    resume: go on with the file; without it, one that exists is a ValueError. A kill costs at most one batch.
-    """
+    resume: go on with the file; without it, one that exists is a ValueError. A kill costs at most one batch."""
     path = Path(path)
     if path.exists() and not resume:
         raise ValueError(f"output: {path} exists; resume goes on with it, another folder starts anew")
@@ -848,7 +854,7 @@ def answer_samples(model, samples, path, batch_size=16, resume=False, ask=None, 
 
 # %% ../nbs/17_evaluation.ipynb #969fa50e
 def append_batch(model, batch, file, ask):
-    "Answers of one batch, on the disk when this returns."
+    "Answers of one batch, on the disk when this returns. Raises `ValueError` unless the model gives one text a question."
     answers = list(model(open_batch(batch), [ask(sample) for sample in batch]))
     if len(answers) != len(batch) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"model: got {len(answers)} answers, need {len(batch)} texts, one a question")
@@ -891,7 +897,7 @@ PAPERS = {   # VL-Mamba: PMLR 262, table 1; ML-Mamba: arXiv 2407.19832, table 2
 
 # %% ../nbs/17_evaluation.ipynb #0a2fb577
 def answer_requests(answers, tasks, requests, batch_size):
-    "Answers to lmms-eval's requests (args: context, generation settings, doc_to_visual, doc id, task, split), one picture each."
+    "Answers to lmms-eval's requests (args: context, settings, doc_to_visual, doc id, task, split); `ValueError` unless one picture each."
     texts = []
     for start in range(0, len(requests), batch_size):
         asked = [request.args for request in requests[start:start + batch_size]]
@@ -922,10 +928,13 @@ class LMMSMixin:
         self.rows = int(batch_size)
 
     def generate_until(self, requests):
+        "A text for each request, about the one picture that it has."
         return answer_requests(self.answers, self.task_dict, requests, self.rows)
 
     def generate_until_multi_round(self, requests):
+        "Not offered, one question is all it hears: raises `NotImplementedError`."
         raise NotImplementedError("vlmamba answers one question about one picture")
 
     def loglikelihood(self, requests):
+        "Not offered by a model that generates: raises `NotImplementedError`."
         raise NotImplementedError("vlmamba generates answers; it gives no likelihoods")
