@@ -1,8 +1,11 @@
 """The whole model: a picture read once against the full sequence and against single steps; questions; models on disk."""
 import json
+import os
 import pickle
+import re
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,15 +14,18 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file, save_model
 
 from vlmamba_lite.connector import connector_sight
 from vlmamba_lite.data import (EOS, Conversation, ask_ids, byte_tokenizer, encode_conversation, encode_prompt, normalize,
                                process_images)
 from vlmamba_lite.language_model import MambaConfig, load_state, next_token_loss, save_state
-from vlmamba_lite.model import (CONNECTORS, MODEL_PRESETS, VLMamba, VLMambaConfig, lite_config, model_card, model_files,
-                                picture_tokens, plot_model_sight, read_config, tiny_config, write_atomically)
+from vlmamba_lite.model import (CONNECTORS, MODEL_PRESETS, SWITCH, VLMamba, VLMambaConfig, lite_config, load_connector, model_card,
+                                model_files, picture_tokens, plot_model_sight, read_config, save_together, saved_files, tiny_config,
+                                write_atomically)
 from vlmamba_lite.msc import MambaScanConnector
+from vlmamba_lite.vision import encoder_spec, half_range, load_encoder, new_tower
 
 COMBINATIONS = [(connector, mixer) for connector in CONNECTORS for mixer in ("mamba", "mamba2")]
 QUESTION = "what color is the shape?"
@@ -622,11 +628,10 @@ def test_a_save_that_fails_leaves_the_old_model(make_model, tmp_path, monkeypatc
     old = make_model(seed=1)
     old.save_pretrained(tmp_path)
 
-    def fail(_, path):
-        open(path, "wb").write(b"half")
+    def fail(_, path, **__):
+        path.write_bytes(b"half")
         raise OSError("disk full")
-    for name in ("save_model", "save_file"):
-        monkeypatch.setattr(f"vlmamba_lite.model.{name}", fail, raising=False)
+    monkeypatch.setattr("vlmamba_lite.model.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         make_model(seed=2).save_pretrained(tmp_path)
     again = VLMamba.from_pretrained(tmp_path)
@@ -712,6 +717,206 @@ def test_another_connector_than_the_weights(saved, tmp_path):
     refused(folder, ValueError, "model.safetensors.*connector")
 
 
+# In shards, and filled tensor by tensor
+
+def same_model(a, b):
+    ours, theirs = a.state_dict(), b.state_dict()
+    return list(ours) == list(theirs) and all(torch.equal(ours[n], theirs[n]) and ours[n].dtype == theirs[n].dtype for n in ours)
+
+
+def shards_of(folder):
+    return sorted(p.name for p in folder.glob("*.safetensors"))
+
+
+def test_one_file_is_what_safetensors_writes(make_model, tmp_path):
+    for i, model in enumerate((make_model(), make_model("mlp", "mamba", tie_embeddings=False))):
+        save_model(model, str(tmp_path / f"{i}.safetensors"))
+        model.save_pretrained(tmp_path / str(i))
+        assert (tmp_path / str(i) / "model.safetensors").read_bytes() == (tmp_path / f"{i}.safetensors").read_bytes()
+
+
+def test_shards_are_named_as_transformers_names_them(make_model, tmp_path):
+    model = make_model().eval()
+    model.save_pretrained(tmp_path, shard_size=10_000)
+    names, index = shards_of(tmp_path), json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    n = len(names)
+    assert n > 2 and names == [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, "config.json", "model.safetensors.index.json", "tokenizer.json"])
+    held = {}
+    for name in names:
+        with safe_open(tmp_path / name, "pt") as file:
+            held |= {tensor: name for tensor in file.keys()}
+    assert held == index["weight_map"] and set(model.state_dict()) - set(held) == {"language.lm_head.weight"}
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for n, t in model.state_dict().items() if n in held)
+    assert [p.name for p in model_files(tmp_path)] == ["config.json", "tokenizer.json", *names]
+    again = VLMamba.from_pretrained(tmp_path)
+    assert same_model(model, again) and again.ask(picture(), QUESTION) == model.ask(picture(), QUESTION)
+    assert again.language.lm_head.weight is again.language.backbone.embedding.weight
+    assert same_model(load_connector(make_model(seed=5), tmp_path).connector, model.connector)
+
+
+def test_what_transformers_reads_shards_with_reads_ours(make_model, tmp_path):
+    from transformers.modeling_utils import load_state_dict
+    from transformers.utils.hub import get_checkpoint_shard_files
+    model = make_model()
+    model.save_pretrained(tmp_path, shard_size="10KB")
+    files, _ = get_checkpoint_shard_files(str(tmp_path), str(tmp_path / "model.safetensors.index.json"))
+    weights = {name: t for file in files for name, t in load_state_dict(file).items()}
+    assert all(torch.equal(weights[name], t) for name, t in model.state_dict().items() if name in weights) and len(weights) > 20
+
+
+def test_no_shard_of_an_earlier_save_is_left(make_model, tmp_path):
+    models = {size: make_model(seed=i) for i, size in enumerate((8_000, 20_000, "5GB", 8_000))}
+    counts = []
+    for size, model in models.items():
+        model.save_pretrained(tmp_path, shard_size=size)
+        counts.append(len(shards_of(tmp_path)))
+        assert same_model(VLMamba.from_pretrained(tmp_path), model)
+        assert (tmp_path / "model.safetensors.index.json").exists() == (counts[-1] > 1)
+        assert not list(tmp_path.glob("new.*")) and not (tmp_path / SWITCH).exists()
+    assert counts[0] > counts[1] > counts[2] == 1
+
+
+@pytest.mark.parametrize("size", ["large", "", None, []])
+def test_a_shard_size_that_is_none(make_model, tmp_path, size):
+    with pytest.raises(ValueError, match=r"^shard_size: got .*, need bytes as a number or like '5GB'$"):
+        make_model().save_pretrained(tmp_path, shard_size=size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shard_that_is_missing_or_damaged(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path / "a", shard_size=10_000)
+    first = shards_of(tmp_path / "a")[0]
+    for damage, kind, match in ((lambda p: p.unlink(), FileNotFoundError, f"^model: no {first} in "),
+                                (lambda p: p.write_bytes(p.read_bytes()[:-7]), ValueError, first)):
+        folder = shutil.copytree(tmp_path / "a", tmp_path / "b", dirs_exist_ok=True)
+        damage(folder / first)
+        refused(folder, kind, match)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a"}}')
+    refused(folder, ValueError, "index.json: got no weight_map of plain file names")
+
+
+def test_a_tensor_that_is_in_two_shards(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path, shard_size=10_000)
+    first, second = shards_of(tmp_path)[:2]
+    ours, theirs = load_file(tmp_path / first), load_file(tmp_path / second)
+    name = sorted(ours)[0]
+    save_file({**theirs, name: ours[name]}, tmp_path / second)
+    VLMamba.from_pretrained(tmp_path)                                    # twice the same is fine
+    save_file({**theirs, name: ours[name] + 1}, tmp_path / second)
+    refused(tmp_path, ValueError, rf"1 copies that differ: {name}")
+
+
+def test_all_that_does_not_fit_is_in_one_error(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["vision.position"] = weights["vision.position"][:5].clone()
+    weights["vision.pose"] = weights.pop("vision.norm.weight")
+    del weights["vision.stages.0.1.running_mean"]                        # a buffer is as necessary as a parameter
+    save_file(weights, folder / "model.safetensors")
+    refused(folder, ValueError, r"2 missing: vision.norm.weight, vision.stages.0.1.running_mean 1 unexpected: vision.pose "
+                                r"1 of another shape: vision.position: got \(5, 16\), need \(64, 16\)")
+
+
+def test_loading_draws_no_random_number(saved):
+    before = torch.get_rng_state()
+    VLMamba.from_pretrained(saved)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def resident(reset=False):
+    "Bytes of this process in memory now, and the most there were since the last reset."
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    found = dict(re.findall(r"(VmHWM|VmRSS):\s+(\d+)", Path("/proc/self/status").read_text()))
+    return int(found["VmRSS"]) * 1024, int(found["VmHWM"]) * 1024
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux, which tells the peak of a process")
+@pytest.mark.parametrize("dtype, share", [(torch.float32, 1), (torch.bfloat16, 0.5)])
+def test_loading_takes_the_weights_and_one_tensor(small, tmp_path, dtype, share):
+    "Pages of the files that are mapped count, too."
+    config = lite_config(small.tokenizer.get_vocab_size())
+    config.language = MambaConfig(768, 6, 30, 1, mixer_args=dict(d_state=8))
+    model = VLMamba(config, small.tokenizer)
+    model.save_pretrained(tmp_path, shard_size="40MB")
+    sizes = [t.numel() * t.element_size() for t in model.state_dict().values()]
+    del model
+    before, _ = resident(reset=True)
+    again = VLMamba.from_pretrained(tmp_path, dtype=dtype)
+    assert sum(sizes) > 60e6 and resident()[1] - before < share * sum(sizes) + max(sizes) + 8e6
+    assert again.dtype == dtype
+
+
+@pytest.mark.parametrize("wanted, kept", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (None, torch.bfloat16)])
+def test_dtypes(make_model, tmp_path, wanted, kept):
+    model = make_model().to(torch.bfloat16).eval()
+    model.save_pretrained(tmp_path)
+    again = VLMamba.from_pretrained(tmp_path, dtype=wanted)
+    assert {p.dtype for p in again.parameters()} == {kept} and again.dtype == kept
+    counts = [t for name, t in again.state_dict().items() if "num_batches" in name]
+    assert counts and all(t.dtype == torch.int64 for t in counts)
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(again.parameters(), model.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["tiny-siglip", "tiny-clip", "tiny-dinov2", "tiny-dinov2-registers", "tiny-dinov2+tiny-siglip"])
+def test_a_tower_is_whole_again(small, tmp_path, kind):
+    "With the buffers that are in no file, frozen as it was, and blind to the random generator."
+    parts = []
+    for name in kind.split("+"):
+        new_tower(name).save_pretrained(tmp_path / name)
+        size = {"height": 32, "width": 32}
+        (tmp_path / name / "preprocessor_config.json").write_text(json.dumps(dict(size=size, image_mean=[.5] * 3, image_std=[.5] * 3)))
+        parts.append(str(tmp_path / name))
+    eye = half_range(load_encoder(" + ".join(parts)))
+    config = tiny_config(small.tokenizer.get_vocab_size())
+    config.vision = encoder_spec(eye)
+    model = VLMamba(config, small.tokenizer).eval()
+    model.vision.load_state_dict(eye.state_dict())
+    model.save_pretrained(tmp_path / "model", shard_size=40_000)
+    before = torch.get_rng_state()
+    again = VLMamba.from_pretrained(tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(t.is_meta for t in [*again.parameters(), *again.buffers()])
+    buffers = dict(model.named_buffers())
+    assert {n: t.tolist() for n, t in again.named_buffers()} == {n: t.tolist() for n, t in buffers.items()}
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert not any(p.requires_grad for p in again.vision.parameters()) and all(p.requires_grad for p in again.connector.parameters())
+    assert again.ask(picture(), QUESTION) == model.ask(picture(), QUESTION)
+
+
+def test_marks_of_parameters_stay(saved, make_model):
+    marks = [{n for n, p in m.named_parameters() if getattr(p, "_no_weight_decay", False)} for m in (make_model(), VLMamba.from_pretrained(saved))]
+    assert marks[0] == marks[1] != set()
+
+
+def test_a_save_is_all_or_nothing(tmp_path):
+    "A reader sees the files of one save, at every moment of the next one."
+    def files(text, *names):
+        return {name: lambda path: path.write_text(text) for name in names}
+
+    def content():
+        find = saved_files(tmp_path)
+        return {name: find(name).read_text() for name in ("a", "b", "model-1-of-2.safetensors") if find(name)}
+    save_together(tmp_path, files("old", "a", "b", "model-1-of-2.safetensors"))
+    old, new, seen = content(), {"a": "new", "b": "new"}, []
+
+    def look(path):
+        seen.append(content())
+        path.write_text("new")
+    save_together(tmp_path, {"a": look, "b": look})
+    assert seen == [old, old] and content() == new
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    # killed after the switch: new files and old ones lie side by side, and the list says which count
+    save_together(tmp_path, files("old", "a", "b", "model-1-of-2.safetensors"))
+    (tmp_path / "a").write_text("new")
+    (tmp_path / "new.b").write_text("new")
+    (tmp_path / SWITCH).write_text('{"files": ["a", "b"]}')
+    assert content() == new
+    save_together(tmp_path, files("newer", "a"))                         # the next save first puts the last one into place
+    assert content() == {"a": "newer", "b": "new"} and sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
 # For others: the card and the Hub, whose API is a stand-in here
 
 def test_a_card(make_model, tmp_path):
@@ -790,6 +995,15 @@ def test_to_the_hub_and_back(make_model, hub, tmp_path):
     again = VLMamba.from_pretrained("me/tiny")
     assert again.ask(picture(), QUESTION) == model.ask(picture(), QUESTION)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+
+
+def test_shards_from_the_hub(make_model, hub):
+    model = make_model().eval()
+    model.save_pretrained(hub.folder / "me" / "large", shard_size=10_000)
+    assert same_model(VLMamba.from_pretrained("me/large"), model)
+    assert same_model(load_connector(make_model(seed=3), "me/large").connector, model.connector)
+    asked = [call[2] for call in hub.calls if call[0] == "download"]
+    assert "model.safetensors.index.json" in asked and "model.safetensors" not in asked
 
 
 def test_what_is_not_on_the_hub(hub, monkeypatch):

@@ -8,10 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from vlmamba_lite.benchmark import peak_bytes
 from vlmamba_lite.data import byte_tokenizer
+from vlmamba_lite.language_model import MambaConfig
 from vlmamba_lite.model import (ABLATIONS, CONNECTORS, EYES, LANGUAGES, MODEL_PRESETS, PAPER_PRESETS, PUBLISHED_SIZES, VLMamba,
                                 VLMambaConfig, check_connector, count_parameters, eye_spec, find_tokenizer, language_config,
-                                load_connector, override, parameter_table, preset_config, whole_part)
+                                load_connector, memory_estimate, memory_table, meta_model, override, parameter_table, preset_config,
+                                whole_part)
+from vlmamba_lite.training import TrainingConfig, build_optimizers
 from vlmamba_lite.vision import half_range, load_encoder, new_tower
 
 
@@ -109,14 +113,15 @@ def test_a_picture_through_the_large_presets_has_729_tokens():
 
 
 def test_little_memory_and_no_network():
-    "A process of its own, in which every connection fails: three billion parameters are counted in less than 2 GiB."
+    "A process of its own, in which every connection fails: three billion parameters are counted, and what training them takes, in less than 2 GiB."
     code = """if True:
         import re, resource, socket
         from pathlib import Path
         def refuse(*_, **__):
             raise AssertionError("network")
         socket.socket.connect = socket.getaddrinfo = refuse
-        from vlmamba_lite.model import count_parameters, preset_config
+        from vlmamba_lite.model import count_parameters, memory_estimate, preset_config
+        assert memory_estimate(preset_config("ml-mamba-2.7b"), checkpointing=True)["total"] > 2 ** 35
         total, status = count_parameters(preset_config("ml-mamba-2.7b"))["total"], Path("/proc/self/status")
         # Linux hands ru_maxrss down from the parent; the high water mark of the process itself stands in /proc
         peak = re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1] if status.exists() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -131,6 +136,99 @@ def test_the_table_of_sizes(make_model):
     assert lines[0].split() == ["vision", "connector", "language", "total"]
     assert lines[1].split() == ["vl-mamba-2.8b", "397.7", "50.8", "2,768.3", "3,216.8"] and lines[2].split()[0] == "tiny"
     assert count_parameters(model)["total"] == sum(p.numel() for p in model.parameters())
+
+
+# What training takes
+
+def small_model(mixer, connector="vss_l2", layers=6):
+    args = {"mamba": dict(d_state=16), "mamba2": dict(d_state=32, headdim=32, chunk_size=64), "attention": dict(headdim=32)}[mixer]
+    torch.manual_seed(0)
+    vision = dict(dim=64, width=16, image_size=64)
+    return VLMamba(VLMambaConfig(vision, connector, {}, MambaConfig(128, layers, 500, 1, mixer, args)))
+
+
+PARTS = [("connector",), ("connector", "language"), ("vision", "connector", "language"), ("language",)]
+
+
+def train_only(model, parts):
+    for name, part in model.named_children():
+        part.requires_grad_(name in parts)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("trains", PARTS, ids="+".join)
+def test_bytes_of_parameters_are_exact(trains):
+    model = small_model("mamba2", layers=2)
+    images, ids = torch.randn(2, 3, 64, 64), torch.randint(0, 500, (2, 9))
+    for optimizer in ("adamw", "muon"):
+        trained = train_only(model, trains)
+        optimizers = [torch.optim.AdamW(trained)] if optimizer == "adamw" else build_optimizers(model, TrainingConfig())
+        model(images, ids, ids).loss.backward()
+        for o in optimizers:
+            o.step()
+        held = [t for o in optimizers for state in o.state.values() for t in state.values() if t.ndim]
+        found = memory_estimate(model.config, trains, length=9, precision="fp32", optimizer=optimizer, ema=True)
+        assert found["weights"] == sum(4 * p.numel() for p in model.parameters())
+        assert found["gradients"] == found["ema"] == sum(4 * p.grad.numel() for p in trained)
+        assert found["optimizer"] == sum(t.numel() * t.element_size() for t in held)
+        assert found["total"] == sum(size for name, size in found.items() if name != "total")
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("mixer, connector, trains, checkpointing, precision", [
+    ("mamba", "vss_l2", PARTS[0], False, "bf16"), ("mamba", "msc_basic", PARTS[2], True, "fp32"),
+    ("mamba2", "msc_advanced", PARTS[1], False, "bf16"), ("mamba2", "mlp", PARTS[3], False, "fp32"), ("attention", "mlp", PARTS[1], True, "bf16")])
+def test_activations_are_near_what_a_step_holds(mixer, connector, trains, checkpointing, precision):
+    model = small_model(mixer, connector)
+    train_only(model, trains)
+    model.language.backbone.recompute = checkpointing
+    images, ids = torch.randn(4, 3, 64, 64), torch.randint(0, 500, (4, 128))
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(images, ids, ids).loss
+        loss.backward()
+    step()                                                       # from now on gradients are there, as in accumulation
+    found = memory_estimate(model.config, trains, 4, 128, precision, checkpointing=checkpointing)
+    ratio = (found["activations"] + found["logits"] + found["copies"]) / peak_bytes(step)
+    assert 0.85 < ratio < 1.25, ratio
+
+
+def test_an_estimate_grows_with_what_it_should():
+    config = preset_config("tiny", 500)
+    one, rows = memory_estimate(config), memory_estimate(config, batch_size=3)
+    assert rows["activations"] == 3 * one["activations"] and rows["logits"] == 3 * one["logits"] == 3 * 12 * 2048 * 500
+    assert {n: rows[n] for n in ("weights", "gradients", "optimizer", "copies")} == {n: one[n] for n in ("weights", "gradients", "optimizer", "copies")}
+    shared = memory_estimate(config, processes=4, sharded=True, ema=True)
+    assert memory_estimate(config, processes=4) == one
+    for name in ("weights", "gradients", "optimizer"):
+        assert shared[name] == -(-one[name] // 4)
+    assert memory_estimate(config, checkpointing=True)["activations"] < one["activations"] * 1.1
+    assert memory_estimate(config, optimizer="none")["optimizer"] == 0 and memory_estimate(config, precision="fp32")["copies"] < one["copies"]
+
+
+def test_an_estimate_leaves_everything_as_it_was():
+    config, before = preset_config("tiny", 500), torch.get_rng_state()
+    memory_estimate(config, ("language",))
+    memory_estimate(config, ("connector",))
+    assert torch.equal(torch.get_rng_state(), before) and config == preset_config("tiny", 500)
+    model = meta_model(config)
+    assert all(p.is_meta and p.requires_grad for p in model.parameters()) and len(model.language.backbone.layers) == 1
+
+
+def test_the_table_of_bytes():
+    sizes = {"weights": 3 * 2 ** 30, "total": 5 * 2 ** 29}
+    assert memory_table(sizes).splitlines() == ["weights          3.0 GiB", "total            2.5 GiB"]
+    assert memory_table(sizes, 24 * 2 ** 30).splitlines()[-1] == "fits in 24.0 GiB"
+    assert memory_table(sizes, 2 ** 30).splitlines()[-1] == "does not fit in 1.0 GiB"
+
+
+@pytest.mark.parametrize("arguments, match", [
+    (dict(trains=("ears",)), "^trains: got .'ears',., need some of"), (dict(trains=()), "^trains: got"), (dict(trains="language"), "^trains: got 'language'"),
+    (dict(precision="fp16"), "^precision: got 'fp16', need one of"), (dict(optimizer="sgd"), "^optimizer: got 'sgd'"),
+    (dict(batch_size=0), "^batch_size: got 0, need a whole number from 1"), (dict(length=1.5), "^length: got 1.5"), (dict(processes=-1), "^processes: got -1")])
+def test_an_estimate_of_nonsense(arguments, match):
+    one_line(lambda: memory_estimate(preset_config("tiny", 500), **arguments), match)
 
 
 # Ablations and overrides

@@ -4,28 +4,43 @@
 
 # %% auto #0
 __all__ = ['CONNECTORS', 'MODEL_PRESETS', 'SIGLIP', 'DINOV2', 'EYES', 'LANGUAGES', 'PAPER_PRESETS', 'OVERRIDES', 'ABLATIONS',
-           'PUBLISHED_SIZES', 'NEOX', 'MODEL_FILES', 'METADATA', 'CARD', 'VLMambaConfig', 'lite_config', 'tiny_config',
-           'eye_spec', 'language_config', 'check_connector', 'override', 'preset_config', 'Placed', 'PictureReader',
-           'TextContinuer', 'count_parameters', 'parameter_table', 'whole_part', 'picture_pixels', 'Speech',
-           'check_state', 'ReadingMixin', 'AskMixin', 'Answerer', 'one_each', 'ChatState', 'ChatPictures', 'Chat',
-           'finish_turn', 'check_source', 'find_tokenizer', 'assemble', 'PartsMixin', 'published_sources',
-           'check_weights', 'PresetMixin', 'model_files', 'read_config', 'model_card', 'write_card', 'HubMixin',
-           'VLMamba', 'load_connector', 'picture_tokens', 'plot_model_sight']
+           'PUBLISHED_SIZES', 'NEOX', 'OPTIMIZERS', 'SWITCH', 'MODEL_FILES', 'METADATA', 'CARD', 'VLMambaConfig',
+           'lite_config', 'tiny_config', 'eye_spec', 'language_config', 'check_connector', 'override', 'preset_config',
+           'Placed', 'PictureReader', 'TextContinuer', 'count_parameters', 'meta_model', 'parameter_table',
+           'whole_part', 'picture_pixels', 'Speech', 'check_state', 'ReadingMixin', 'AskMixin', 'Answerer', 'one_each',
+           'ChatState', 'ChatPictures', 'Chat', 'finish_turn', 'check_source', 'find_tokenizer', 'assemble',
+           'PartsMixin', 'published_sources', 'check_weights', 'PresetMixin', 'NoValues', 'without_data', 'kept_bytes',
+           'row_and_fixed', 'probe_front', 'probe_layer', 'probe_model', 'activation_bytes', 'optimizer_bytes',
+           'parameter_bytes', 'check_estimate', 'memory_estimate', 'memory_table', 'finish_save', 'save_together',
+           'saved_files', 'file_finder', 'model_files', 'read_config', 'model_card', 'write_card', 'HubMixin',
+           'stored_tensors', 'weight_files', 'fill_buffers', 'put_tensor', 'Slots', 'fill_slot', 'read_tensor',
+           'fill_model', 'SaveMixin', 'VLMamba', 'load_connector', 'picture_tokens', 'plot_model_sight']
 
 # %% ../nbs/15_vlmamba.ipynb #b064a250
+import copy
 import json
+import os
 import tempfile
+import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
+# %% ../nbs/15_vlmamba.ipynb #6acc4816
+from vlmamba_lite.checkpoints import (WEIGHTS, KeyReport, file_getters, first_file, place, read_json, remove_old_shards, shard_names,
+    tensors_in, write_json)
 from .connector import MLPConnector, VSSL2Connector, VSSMLPConnector, choose, plot_sight
 from .data import EOS, Codec, ask_ids, encode_prompt, normalize, pick_template, process_images, to_rgb
 from .language_model import MambaConfig, MambaLM, naming, repeat_state, write_atomically
@@ -82,7 +97,9 @@ EYES = {"siglip": SIGLIP, "clip": "openai/clip-vit-large-patch14-336", "dinov2":
 
 
 def eye_spec(source):
-    "What `build_encoder` makes of a name in `EYES`, or of names in `TOWER_SHAPES` joined by '+'. DINOv2 reads squares of 384 pixels."
+    """What `build_encoder` makes of a name in `EYES`, or of names in `TOWER_SHAPES` joined by '+'. Raises ValueError.
+
+    DINOv2 reads squares of 384 pixels, as in ML-Mamba."""
     names = [name.strip() for name in EYES.get(source, source).split("+")]
     if unknown := [name for name in names if name not in TOWER_SHAPES]:
         raise ValueError(f"vision: got {unknown[0]!r}, need one of {sorted(EYES)}, or of {sorted(TOWER_SHAPES)}, joined by '+'")
@@ -99,7 +116,7 @@ _SHAPES = {"mamba-1.4b": (2048, 48), "mamba-2.8b": (2560, 64), "mamba-2.8b-slimp
 
 
 def language_config(name, vocab_size=50277):
-    "`MambaConfig` of a published language model, by its name under state-spaces/ on the Hub."
+    "`MambaConfig` of a published language model, by its name under state-spaces/ on the Hub. Raises ValueError for another name."
     if name not in _SHAPES:
         raise ValueError(f"language: got {name!r}, need one of {sorted(_SHAPES)}")
     (d_model, n_layer), mixer = _SHAPES[name], name.split("-")[0]
@@ -168,7 +185,9 @@ ABLATIONS = {f"{preset.rpartition('-')[0]}/{table}/{row}": (preset, changes)    
 
 # %% ../nbs/15_vlmamba.ipynb #be46ee70
 def preset_config(name, vocab_size=None, **changes):
-    "The `VLMambaConfig` of a preset or a row of `ABLATIONS`, `override`n. vocab_size: by default GPT-NeoX's for the papers' models."
+    """The `VLMambaConfig` of a preset or a row of `ABLATIONS`, `override`n. vocab_size: by default GPT-NeoX's for the papers' models.
+
+    Raises ValueError for an unknown name or change, and for a small preset without a vocab_size."""
     if name in ABLATIONS:
         name, row = ABLATIONS[name]
         return override(preset_config(name, vocab_size, **row), **changes)
@@ -218,10 +237,12 @@ class PictureReader(Placed):
 
 # %% ../nbs/15_vlmamba.ipynb #07f13c95
 class TextContinuer(PictureReader):
-    "`forward`: rows of text continue the state of their picture."
+    "`forward`: rows of text continue the state of their picture (VL-Mamba, equation 7, with the visual tokens read once)."
 
     def forward(self, images, input_ids, labels=None, mask=None):
-        "images (b, 3, H, W); input_ids, labels (b * q, T), q rows a picture in the pictures' order -> LMOutput of the text."
+        """images (b, 3, H, W); input_ids, labels, mask (b * q, T), q rows a picture in the pictures' order -> LMOutput of the text.
+
+        Raises ValueError unless the rows are a multiple of the pictures."""
         q, rest = divmod(len(input_ids), len(images))
         if rest or not q:
             raise ValueError(f"input_ids: got {len(input_ids)} rows, need a multiple of the {len(images)} images")
@@ -232,15 +253,20 @@ class TextContinuer(PictureReader):
 def count_parameters(model):
     "Parameters of each part of a model, and their `total`. A `VLMambaConfig` is built on the meta device for it."
     if isinstance(model, VLMambaConfig):
-        return dict(_counted(json.dumps(asdict(model), sort_keys=True)))
+        model = meta_model(model)
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     return sizes | {"total": sum(sizes.values())}
 
 
+def meta_model(config):
+    "The model of a `VLMambaConfig` on the meta device; the same one for the same configuration, so leave it as it is."
+    return _meta_model(json.dumps(asdict(config), sort_keys=True))
+
+
 @cache
-def _counted(text):
+def _meta_model(text):
     with torch.device("meta"):
-        return count_parameters(PictureReader(VLMambaConfig(**json.loads(text))))
+        return PictureReader(VLMambaConfig(**json.loads(text)))
 
 # %% ../nbs/15_vlmamba.ipynb #63de2dd7
 def parameter_table(models):
@@ -319,7 +345,9 @@ class ReadingMixin:
 
     @torch.no_grad()
     def read_image(self, image, state=None):
-        "A PIL picture -> the state after it (one row), or after `state` and it. A further question costs its own tokens."
+        """A PIL picture -> the state after it (one row), or after `state` and it. A further question costs its own tokens.
+
+        Raises ValueError for what is no picture, and for a state of another model."""
         if state is not None:
             check_state(self, state)
         pixels = picture_pixels(self, image)
@@ -330,12 +358,12 @@ class ReadingMixin:
             self.train(was_training)
 
     def seen(self, image):
-        "The state of a PIL picture, or the state itself."
+        "The state of a PIL picture, or the state itself. Raises ValueError for one of another model."
         return self.read_image(image) if isinstance(image, Image.Image) else check_state(self, image)
 
 # %% ../nbs/15_vlmamba.ipynb #283f5080
 class AskMixin(ReadingMixin):
-    "One question: `ask`."
+    "One question about a picture or about its state: `ask`."
 
     def ask(self, image, question, max_new_tokens=8, template=None):
         """The answer to a question about a PIL picture, or about a state from `read_image`: greedy, up to its end.
@@ -376,7 +404,9 @@ def one_each(model, images, count):
 
 # %% ../nbs/15_vlmamba.ipynb #81a75805
 class ChatState:
-    "What a conversation has come to: the state after what was read, and the ids that are still to be read."
+    """What a conversation has come to: the state after what was read, and the ids that are still to be read.
+
+    Raises ValueError for a state of another model."""
 
     def __init__(self, model, image=None, template=None, state=None, begun=False):
         self.model, self.speech, self.begun = model, Speech(model, template), begun
@@ -387,6 +417,7 @@ class ChatState:
             self.show(image)
 
     def tensor(self, ids):
+        "Ids as a row (1, L) where the model is."
         return torch.tensor([ids], device=self.model.device)
 
     @torch.no_grad()
@@ -469,7 +500,9 @@ NEOX = "EleutherAI/gpt-neox-20b"
 
 
 def find_tokenizer(source, language):
-    "A `Tokenizer`: itself, that of a tokenizer.json, of a folder or Hub name; for None that of the language model, or GPT-NeoX's."
+    """A `Tokenizer`: itself, that of a tokenizer.json, of a folder or Hub name; for None that of the language model, or GPT-NeoX's.
+
+    Raises FileNotFoundError where there is none, ValueError for a damaged one."""
     if isinstance(source, Tokenizer):
         return source
     own = source is None
@@ -495,7 +528,7 @@ def assemble(cls, config, tokenizer, encoder, language):
 
 # %% ../nbs/15_vlmamba.ipynb #0cbc1a49
 class PartsMixin:
-    "Models from their parts: `from_parts`."
+    "Models from an encoder and a language model that exist: `from_parts`."
 
     @classmethod
     def from_parts(cls, vision, language, connector="vss_l2", connector_args=None, tokenizer=None, device="cpu",
@@ -513,7 +546,7 @@ class PartsMixin:
 
 # %% ../nbs/15_vlmamba.ipynb #3d87627e
 def published_sources(name, **changes):
-    "The Hub names of the vision encoder and the language model of a preset of the papers, or of a row of `ABLATIONS`."
+    "Hub names {'vision', 'language'} of a preset of the papers or a row of `ABLATIONS`. Raises ValueError for any other name."
     preset, row = ABLATIONS.get(name, (name, {}))
     if preset not in PAPER_PRESETS:
         raise ValueError(f"weights: got 'published' for the preset {name!r}, which has none; need one of {sorted(PAPER_PRESETS)}")
@@ -530,7 +563,7 @@ def check_weights(weights):
 
 # %% ../nbs/15_vlmamba.ipynb #a816c44f
 class PresetMixin(PartsMixin):
-    "Models by name: `from_preset`."
+    "Models by the name of a preset: `from_preset`."
 
     @classmethod
     def from_preset(cls, name, tokenizer=None, weights="random", device="cpu", dtype=torch.float32, vocab_size=None, **changes):
@@ -548,22 +581,219 @@ class PresetMixin(PartsMixin):
                                device=device, dtype=dtype, image_size=384 if sources["vision"] == DINOV2 else None)
         return model if trained is None else load_connector(model, trained)
 
+# %% ../nbs/15_vlmamba.ipynb #4813621b
+class NoValues(TorchDispatchMode):
+    "Under it, who asks a tensor without data for a number gets -1."
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        "Every call as it is, except `.item()`."
+        return -1. if function is torch.ops.aten._local_scalar_dense.default else function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_data(precision="fp32"):
+    "Inside, tensors have shapes and no data. precision: 'fp32', or 'bf16' for autocast as in training."
+    half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), NoValues(), half:
+        warnings.simplefilter("ignore")                      # hints about speed
+        yield
+
+# %% ../nbs/15_vlmamba.ipynb #700d1ac5
+def kept_bytes(run, model):
+    "Bytes that autograd keeps for the backward pass of `run()`, the parameters of the model excepted."
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage                       # held here, so that no other one gets its number
+        return tensor
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    return sum(storage.nbytes() for number, storage in kept.items() if number not in own)
+
+# %% ../nbs/15_vlmamba.ipynb #f204a49e
+def row_and_fixed(run, model):
+    "(bytes for each row, bytes whatever the number of rows) that autograd keeps of `run(rows)`."
+    two, three = (kept_bytes(partial(run, rows), model) for rows in (2, 3))
+    return three - two, 3 * two - 2 * three
+
+# %% ../nbs/15_vlmamba.ipynb #99be3bd3
+def probe_front(model, trains):
+    "What encoder and connector keep: (bytes a picture, fixed bytes), and the number of visual tokens. Run it `without_data`."
+    shape = picture_pixels(model, Image.new("RGB", (64, 64))).shape[1:]
+    tokens = model.vision(torch.empty(2, *shape))[0].shape[1]
+    kept = (0, 0)
+    if {"vision", "connector"} & set(trains):
+        kept = row_and_fixed(lambda rows: model.see(torch.empty(rows, *shape)), model)
+    return kept, tokens
+
+# %% ../nbs/15_vlmamba.ipynb #d2999f1d
+def probe_layer(model, trains, length):
+    "What one layer of the language model keeps of rows of `length` tokens: (bytes a token, fixed bytes). Run it `without_data`."
+    short, layer, d_model = min(length, 256), model.language.backbone.layers[0], model.config.language.d_model
+    grad = bool({"vision", "connector"} & set(trains))
+    row, fixed = row_and_fixed(lambda rows: layer(torch.empty(rows, short, d_model, requires_grad=grad)), model)
+    return row / short, fixed
+
+# %% ../nbs/15_vlmamba.ipynb #6bf732e6
+def probe_model(config, trains):
+    "A copy on the meta device, with one layer in its language model, in which some parts are trained."
+    model = copy.deepcopy(meta_model(config)).train()
+    model.language.backbone.layers = model.language.backbone.layers[:1]
+    for name, part in model.named_children():
+        part.requires_grad_(name in trains)
+    for tower in getattr(model.vision, "towers", [model.vision]):
+        tower.frozen = "vision" not in trains
+    return model
+
+
+@cache
+def _probed(text, trains, length, precision):
+    "What encoder and connector keep (a row, fixed), what one layer keeps (a token, fixed), in bytes; the number of visual tokens."
+    model = probe_model(VLMambaConfig(**json.loads(text)), trains)
+    with without_data(precision):
+        front, tokens = probe_front(model.to_empty(device="cpu"), trains)
+        return front, probe_layer(model, trains, tokens + length), tokens
+
+# %% ../nbs/15_vlmamba.ipynb #463e5a18
+def activation_bytes(config, trains, batch_size, length, precision, checkpointing):
+    "What the backward pass needs: {'copies', 'activations', 'logits'} in bytes. Arguments as `memory_estimate`."
+    c, text = config.language, json.dumps(asdict(config), sort_keys=True)
+    front, layer, tokens = _probed(text, tuple(sorted(trains)), length, precision)
+    kept = c.n_layer * layer[0] * (tokens + length)
+    if checkpointing:                                    # the stream in front of each layer, and one layer that is run again
+        kept = c.n_layer * 4 * c.d_model * (tokens + length) + layer[0] * (tokens + length)
+    copies = 1 if checkpointing and "language" not in trains else c.n_layer      # autocast remembers copies of what is trained
+    head = 2 * c.padded_vocab_size * c.d_model if precision == "bf16" else 0
+    return dict(copies=front[1] + copies * layer[1] + head, activations=batch_size * round(front[0] + kept),
+                logits=12 * batch_size * length * c.vocab_size)
+
+# %% ../nbs/15_vlmamba.ipynb #95789da4
+OPTIMIZERS = ("adamw", "muon", "none")
+
+
+def optimizer_bytes(model, trains, optimizer):
+    "What an optimizer keeps in fp32: AdamW two averages of each trained parameter; Muon one of matrices, the rest as AdamW."
+    trained = [m for name in trains for m in getattr(model, name).modules()]
+    words = {m.weight for m in trained if isinstance(m, nn.Embedding)}
+    matrices = {m.weight for m in trained if isinstance(m, (nn.Linear, nn.Conv2d))} - words - {model.language.lm_head.weight}
+    two = 8 * sum(p.numel() for name in trains for p in getattr(model, name).parameters())
+    return {"none": 0, "adamw": two, "muon": two - 4 * sum(p.numel() for p in matrices)}[optimizer]
+
+# %% ../nbs/15_vlmamba.ipynb #f02bd977
+def parameter_bytes(config, trains, optimizer, ema):
+    "What the parameters need: {'weights', 'gradients', 'optimizer', 'ema'} in bytes. Arguments as `memory_estimate`."
+    model = meta_model(config)
+    sizes = count_parameters(model)
+    trained = 4 * sum(sizes[name] for name in trains)
+    return dict(weights=4 * sizes["total"], gradients=trained, optimizer=optimizer_bytes(model, trains, optimizer),
+                ema=trained if ema else 0)
+
+# %% ../nbs/15_vlmamba.ipynb #59cd7e75
+def check_estimate(trains, precision, optimizer, **numbers):
+    "Raises one ValueError for arguments that `memory_estimate` cannot take."
+    choose("precision", precision, ("fp32", "bf16"))
+    choose("optimizer", optimizer, OPTIMIZERS)
+    parts = ("vision", "connector", "language")
+    if isinstance(trains, str) or not trains or not set(trains) <= set(parts):
+        raise ValueError(f"trains: got {trains!r}, need some of {parts}")
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: got {value!r}, need a whole number from 1")
+
+# %% ../nbs/15_vlmamba.ipynb #756255be
+def memory_estimate(config, trains=("connector", "language"), batch_size=1, length=2048, precision="bf16", optimizer="adamw",
+                    checkpointing=False, processes=1, sharded=False, ema=False):
+    """Bytes that a process needs to train a `VLMambaConfig`, by kind, and their `total`. Nothing is allocated or downloaded.
+
+    batch_size: rows in a micro-batch, a picture each; length: tokens of text in a row, the picture's come on top; sharded: FSDP over
+    `processes`, else each has all. Not counted: what one layer needs for a moment, the pictures, and what the allocator wastes.
+    Activations are those of the scan that runs on the CPU. Raises ValueError that names the argument."""
+    check_estimate(trains, precision, optimizer, batch_size=batch_size, length=length, processes=processes)
+    share = processes if sharded else 1
+    parts = {name: -(-size // share) for name, size in parameter_bytes(config, trains, optimizer, ema).items()}
+    parts |= activation_bytes(config, trains, batch_size, length, precision, checkpointing)
+    return parts | {"total": sum(parts.values())}
+
+# %% ../nbs/15_vlmamba.ipynb #2c1ff1eb
+def memory_table(estimate, available=None):
+    "An estimate as lines of text in GiB; with the bytes that are `available`, whether it fits."
+    lines = [f"{name:<12}{size / 2**30:>8.1f} GiB" for name, size in estimate.items()]
+    if available is not None:
+        verdict = "fits" if estimate["total"] <= available else "does not fit"
+        lines.append(f"{verdict} in {available / 2**30:.1f} GiB")
+    return "\n".join(lines)
+
 # %% ../nbs/15_vlmamba.ipynb #20568fb4
+SWITCH = "saving.json"                         # there only while a save that is complete is put into place
+
+
+def finish_save(folder):
+    "Puts the files of a complete save into place, and removes what belonged to the model before it. Does nothing where there is none."
+    folder = Path(folder)
+    if (folder / SWITCH).exists():
+        names = read_json(folder / SWITCH)["files"]
+        for name in names:
+            if (folder / f"new.{name}").exists():
+                os.replace(folder / f"new.{name}", folder / name)
+        remove_old_shards(folder, names)
+        (folder / SWITCH).unlink()
+
+# %% ../nbs/15_vlmamba.ipynb #b8fbac11
+def save_together(folder, files):
+    "Writes files {name: function that writes to a path} into a folder, all of them or, wherever it is killed, none. Raises OSError."
+    folder = Path(folder)
+    finish_save(folder)                                                  # of one that was killed
+    try:
+        for name, write in files.items():
+            write_atomically(folder / f"new.{name}", write)
+        write_json(folder / SWITCH, {"files": list(files)})              # from here on the new model is the model
+        finish_save(folder)
+    finally:
+        if not (folder / SWITCH).exists():
+            for path in folder.glob("new.*"):
+                path.unlink()
+
+# %% ../nbs/15_vlmamba.ipynb #165f4da2
+def saved_files(folder):
+    "A function from a name to the path of that file of the model in a folder, None where there is none. See `save_together`."
+    names = read_json(folder / SWITCH)["files"] if (folder / SWITCH).exists() else None
+
+    def find(name):
+        if names is not None and name not in names:
+            return None                                                  # of the model before
+        paths = [folder / f"new.{name}"] * (names is not None) + [folder / name]
+        return next((path for path in paths if path.is_file()), None)
+    return find
+
+# %% ../nbs/15_vlmamba.ipynb #67a0196a
 MODEL_FILES = "config.json", "tokenizer.json", "model.safetensors"
 
 
-def model_files(folder):
-    "The files of a saved model in a folder, or on the Hub for a text 'user/name'. FileNotFoundError names the first missing one."
+def file_finder(folder):
+    "A function from the names that a file of a model may have to its path, in a folder or on the Hub. Both raise FileNotFoundError."
     if isinstance(folder, str) and folder.count("/") == 1 and folder[0] not in "./~" and not Path(folder).exists():
-        from vlmamba_lite.checkpoints import file_getters, first_file          # only here: it loads slowly
-        return tuple(first_file(file_getters(folder), [name], folder) for name in MODEL_FILES)
-    folder = Path(folder)
-    if not folder.is_dir():
+        return lambda *names: first_file(file_getters(folder), names, folder)
+    if not Path(folder).is_dir():
         raise FileNotFoundError(f"model: no folder {folder}")
-    for name in MODEL_FILES:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"model: no {name} in {folder}")
-    return tuple(folder / name for name in MODEL_FILES)
+    find = saved_files(Path(folder))
+
+    def find_one(*names):
+        for name in names:
+            if path := find(name):
+                return path
+        raise FileNotFoundError(f"model: no {names[-1]} in {folder}")
+    return find_one
+
+# %% ../nbs/15_vlmamba.ipynb #5cc92cb4
+def model_files(folder):
+    """The files of a saved model in a folder, or on the Hub for a text 'user/name': config.json, tokenizer.json, one or more of weights.
+
+    Raises FileNotFoundError that names the first one missing, ValueError for a damaged index of shards."""
+    find = file_finder(folder)
+    config, tokenizer, weights = find(MODEL_FILES[0]), find(MODEL_FILES[1]), find(*WEIGHTS[:2])
+    shards = [find(name) for name in shard_names(weights)] if weights.suffix == ".json" else [weights]
+    return config, tokenizer, *shards
 
 # %% ../nbs/15_vlmamba.ipynb #13da803d
 def read_config(path):
@@ -625,7 +855,7 @@ class HubMixin:
         return Chat(self, image, **options)
 
     def push_to_hub(self, repo_id, private=None, token=None, message="Upload a VL-Mamba"):
-        "Saves the model with its card and uploads it to the Hugging Face Hub as `repo_id`, made if need be -> its address."
+        "Saves the model with its card, uploads it to the Hugging Face Hub as `repo_id`, made if need be -> address. Raises the Hub's errors."
         from huggingface_hub import HfApi
         api = HfApi(token=token)
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -634,42 +864,159 @@ class HubMixin:
             return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message))
 
 # %% ../nbs/15_vlmamba.ipynb #9c26b481
-class VLMamba(HubMixin, PresetMixin, Answerer):
-    "VL-Mamba (arXiv 2403.13600): vision encoder -> connector -> [visual; text] -> Mamba language model. `VLMamba(config, tokenizer)`."
+def stored_tensors(model):
+    "What a file of a model holds: tensors by name, each once, and {name left out: name of the same tensor}."
+    names, tensors, left_out = {}, {}, {}
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        first = names.setdefault(id(tensor), name)
+        if first == name:
+            tensors[name] = tensor.detach().contiguous()
+        else:
+            left_out[name] = first
+    return tensors, left_out
 
-    def save_pretrained(self, folder, card=None):
-        "Writes the model, its configuration and its tokenizer, each file atomically; with `card`, its name for others, README.md."
-        folder, text = Path(folder), json.dumps({"model_type": "vlmamba", **asdict(self.config)}, indent=2)
-        write_atomically(folder / "config.json", lambda path: path.write_text(text + "\n"))
-        write_atomically(folder / "tokenizer.json", lambda path: self.tokenizer.save(str(path)))
-        write_atomically(folder / "model.safetensors", lambda path: save_model(self, str(path)))
+# %% ../nbs/15_vlmamba.ipynb #19f5a15a
+def weight_files(model, shard_size="5GB"):
+    "Files of safetensors that hold a model: {name: function that writes to a path}. ValueError for a shard_size that is none."
+    tensors, left_out = stored_tensors(model)
+    try:
+        plan = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_size)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"shard_size: got {shard_size!r}, need bytes as a number or like '5GB'") from error
+    files = {}
+    for file, names in plan.filename_to_tensors.items():
+        files[file] = partial(save_file, {name: tensors[name] for name in names}, metadata=left_out or None)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        files[WEIGHTS[0]] = lambda path: path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return files
+
+# %% ../nbs/15_vlmamba.ipynb #3ce3899b
+def fill_buffers(model, device):
+    "Gives values to the buffers of a model that no file holds (`persistent=False`), without moving the random generator."
+    for module in model.modules():
+        if names := module._non_persistent_buffers_set:
+            with torch.random.fork_rng(devices=[]):
+                fresh = type(module)(module.config)              # of transformers: a module is made from its configuration
+            for name in names:
+                setattr(module, name, getattr(fresh, name).to(device))
+
+# %% ../nbs/15_vlmamba.ipynb #034a1ac1
+def put_tensor(model, names, tensor):
+    "Makes a tensor the parameter or buffer of these names, one or several; it is trained if its predecessor was."
+    owner, _, leaf = names[0].rpartition(".")
+    module = model.get_submodule(owner)
+    before = getattr(module, leaf)
+    if isinstance(before, nn.Parameter):
+        place(model, names[0], tensor)
+        getattr(module, leaf).requires_grad_(before.requires_grad)
+    else:
+        setattr(module, leaf, tensor)
+    for name in names[1:]:                                               # tied
+        owner, _, other = name.rpartition(".")
+        setattr(model.get_submodule(owner), other, getattr(module, leaf))
+
+# %% ../nbs/15_vlmamba.ipynb #0d50227d
+class Slots:
+    "The tensors that a model needs, and what did not fit so far. A slot may have several names: tied weights."
+    def __init__(self, model):
+        slots = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            slots.setdefault(id(tensor), (tuple(tensor.shape), []))[1].append(name)
+        self.of = {name: slot for slot in slots.values() for name in slot[1]}
+        self.missing = {names[0] for _, names in slots.values()}
+        self.unexpected, self.misshaped, self.unequal = [], {}, []
+
+    def check(self, name):
+        "Raises `KeyReport` unless everything fitted."
+        if self.missing or self.unexpected or self.misshaped or self.unequal:
+            raise KeyReport(name, self.missing, self.unexpected, self.misshaped, self.unequal)
+
+# %% ../nbs/15_vlmamba.ipynb #1cd7c19a
+def fill_slot(model, slots, name, shape, read, device=None, dtype=None):
+    "A tensor of a file, `read()`: put where it belongs, or noted where it does not fit. dtype: of floating-point tensors."
+    need, names = slots.of.get(name, (None, ()))
+    if need is None:
+        slots.unexpected.append(name)
+    elif shape != need:
+        slots.misshaped[name] = shape, need
+        slots.missing.discard(names[0])
+    else:
+        tensor = read()
+        tensor = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)     # no longer a window into the file
+        if names[0] in slots.missing:
+            put_tensor(model, names, tensor)
+            slots.missing.remove(names[0])
+        elif not torch.equal(model.state_dict(keep_vars=True)[name], tensor):
+            slots.unequal.append(name)
+
+# %% ../nbs/15_vlmamba.ipynb #65b71ffe
+def read_tensor(path, name):
+    "A tensor of a safetensors file, which is opened for it alone: what was read of a file that stays open stays in memory."
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+
+def fill_model(model, paths, device=None, dtype=None):
+    """Fills a model that is on the meta device with the tensors of safetensors files. dtype: None keeps that of the files.
+
+    Raises one ValueError, in one line, that lists all names that are missing, unexpected or of another shape."""
+    slots = Slots(model)
+    for path in paths:
+        with naming(path):
+            for name, shape, _ in tensors_in(path):
+                fill_slot(model, slots, name, shape, partial(read_tensor, path, name), device, dtype)
+    with naming(paths[0]):
+        slots.check(paths[0])
+    fill_buffers(model, device)
+    return model
+
+# %% ../nbs/15_vlmamba.ipynb #73027aad
+class SaveMixin(HubMixin):
+    "From a model to a folder: `save_pretrained`."
+
+    def save_pretrained(self, folder, card=None, shard_size="5GB"):
+        """Writes weights (in shards above `shard_size`), config.json and tokenizer.json: all or none, see `save_together`.
+
+        card: the model's name for others, written into a README.md. Raises OSError, and ValueError for a shard_size that is none."""
+        text = json.dumps({"model_type": "vlmamba", **asdict(self.config)}, indent=2)
+        own = {"config.json": lambda path: path.write_text(text + "\n"), "tokenizer.json": lambda path: self.tokenizer.save(str(path))}
+        save_together(folder, own | weight_files(self, shard_size))
         write_card(self, folder, card)
 
+# %% ../nbs/15_vlmamba.ipynb #7cf6f016
+class VLMamba(SaveMixin, PresetMixin, Answerer):
+    "VL-Mamba (arXiv 2403.13600): vision encoder -> connector -> [visual; text] -> Mamba language model. `VLMamba(config, tokenizer)`."
+
     @classmethod
-    def from_pretrained(cls, folder, device="cpu"):
-        "A model from a folder or the Hub ('user/name'), ready to answer. FileNotFoundError or ValueError say what is wrong."
-        config, tokenizer, weights = model_files(folder)
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
+        """A model from a folder or the Hub ('user/name'), ready to answer, on `device`. dtype: of its weights, None for that of the files.
+
+        Filled tensor by tensor, with no random number drawn. Raises FileNotFoundError, or a ValueError that names what does not fit."""
+        config, tokenizer, *weights = model_files(folder)
         with naming(tokenizer):
             words = Tokenizer.from_file(str(tokenizer))
-        with naming(config):
+        with naming(config), torch.device("meta"):
             model = cls(read_config(config), words)
-        with naming(weights):
-            load_model(model, str(weights))
-        return model.to(device).eval()
+        return fill_model(model, weights, device, dtype).eval()
 
 # %% ../nbs/15_vlmamba.ipynb #99331286
 def load_connector(model, folder):
     "Puts the connector of a saved VL-Mamba into a model, which is returned. ValueError where kind or widths differ."
-    config, _, weights = model_files(folder)
+    config, _, *weights = model_files(folder)
     with naming(config), torch.device("meta"):
         other = PictureReader(read_config(config))
     got, need = ((m.config.connector, m.connector.vision_dim, m.connector.language_dim) for m in (other, model))
     if got != need:
         text = "{} from width {} to {}"
         raise ValueError(f"connector: got {text.format(*got)} in {folder}, need {text.format(*need)}")
-    with naming(weights), safe_open(weights, "pt") as file:
-        names = [name for name in file.keys() if name.startswith("connector.")]
-        model.connector.load_state_dict({name.removeprefix("connector."): file.get_tensor(name) for name in names})
+    tensors = {}
+    for path in weights:
+        with naming(path):
+            found = {name: read() for name, _, read in tensors_in(path) if name.startswith("connector.")}
+            tensors |= {name.removeprefix("connector."): tensor for name, tensor in found.items()}
+    with naming(weights[0]):
+        model.connector.load_state_dict(tensors)
     return model
 
 # %% ../nbs/15_vlmamba.ipynb #ddad434d
