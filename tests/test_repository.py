@@ -9,6 +9,7 @@ from pathlib import Path
 import docstrings
 import nbformat
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -125,6 +126,30 @@ def test_the_docstring_rule(tmp_path, doc, code, lacks):
     (tmp_path / "scan.py").write_text(f'def add({args}):\n    """{doc}"""\n    {code}\n\n\ndef cited(a):\n    "What the paper says in its first equation."\n')
     lines = docstrings.missing(tmp_path / "scan.py")
     assert len(lines) == bool(lacks) and all(lacks in line for line in lines)
+
+
+def test_citation():
+    "CITATION.cff: the keys its schema asks for, the version of the library, and both papers."
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation) and citation["authors"] == [{"name": settings()["author"]}]
+    assert (citation["version"], citation["repository-code"]) == (settings()["version"], settings()["git_url"])
+    assert [paper["url"][-10:] for paper in citation["references"]] == ["2403.13600", "2407.19832"]
+    assert all({"type", "title", "authors"} <= set(paper) for paper in citation["references"])
+    assert f"## {settings()['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_workflows():
+    "They are YAML with what GitHub needs; nbdev comes from the pins of the dev extra, never by itself."
+    for path in (ROOT / ".github" / "workflows").iterdir():
+        text = path.read_text(encoding="utf-8")
+        jobs = yaml.safe_load(text)["jobs"]
+        assert all(job["runs-on"] and job["steps"] for job in jobs.values()) and "install nbdev" not in text and "fastai/" not in text
+
+
+def test_contributing_names_what_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for path in re.findall(r"python (tests/\w+\.py)|`(nbs/\w+(?:\.ipynb)?)`|\]\((nbs/[^)]+)\)", text):
+        assert "NN_" in path[1] or (ROOT / "".join(path)).exists(), path
 
 
 def test_versions_agree():

@@ -1,0 +1,244 @@
+"""The site without Quarto: the pages as nbdev's processors leave them, in a copy; links, anchors, documentation, alt text, headings."""
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import docstrings
+import nbformat
+import pytest
+import yaml
+
+pytest.importorskip("nbdev", reason="needs the [dev] extra")
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+PAGES = sorted(p.stem for p in NBS.glob("*.ipynb"))
+CHAPTERS = [page for page in PAGES if page[0].isdigit()]
+# Chapters whose alt text, title cell, import cells or link to the glossary are still to come.
+PENDING = {"alt": {"03_scan_triton", "04_scan", "06_vss", "12_checkpoints", "14_data", "15_vlmamba", "16_training", "17_evaluation", "19_ablations",
+                   "20_command_line", "21_train_vlmamba"},
+           "title": {"02_scan_parallel", "03_scan_triton", "04_scan", "13_vision", "14_data", "15_vlmamba", "16_training", "17_evaluation", "19_ablations",
+                     "20_command_line", "21_train_vlmamba"},
+           "imports": {"07_connector", "10_msc", "15_vlmamba"},
+           "glossary": set(CHAPTERS) - {"01_scan_reference", "18_scaling"}}
+BUILD = """
+import json
+from pathlib import Path
+from nbdev.processors import FilterDefaults
+from nbdev.serve_drv import main
+Path("_proc").mkdir()
+errors = {}
+for source in sorted(Path("nbs").glob("*.ipynb")):      # what proc_nbs does with each page; here an error on one hides no other
+    try:
+        main((source, Path("_proc") / source.name, FilterDefaults))
+    except Exception as error:
+        errors[source.stem] = f"{error}\\n{error.__cause__ or ''}"
+Path("errors.json").write_text(json.dumps(errors))
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    "A folder with the processed pages in _proc, and what went wrong in errors.json."
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copytree(NBS, folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copy(ROOT / "settings.ini", folder)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", BUILD], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+def still_to_come(what, name):
+    "Marks a failure that is known; where the chapter is done the test passes as it is."
+    if name in PENDING[what]:
+        pytest.xfail(f"{what} of {name}: still to come")
+
+
+def errors_of(site):
+    return json.loads((site / "errors.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def page(site):
+    "A function that reads a processed page; the test is skipped where it could not be built, which test_page_is_built reports."
+    @cache
+    def page(name):
+        if name in errors_of(site):
+            pytest.skip(f"{name} was not built")
+        return nbformat.read(site / "_proc" / f"{name}.ipynb", as_version=4)
+    return page
+
+
+@cache
+def source(name):
+    return nbformat.read(NBS / f"{name}.ipynb", as_version=4)
+
+
+def prose(nb):
+    "All that becomes text of the page: Markdown cells, and the Markdown that shown outputs hold. Code blocks are left out."
+    texts = []
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            texts.append(cell.source)
+        texts += ["".join(o.data["text/markdown"]) for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})]
+    return re.sub(r"^```.*?^```", "", "\n\n".join(texts), flags=re.MULTILINE | re.DOTALL)
+
+
+def headings(nb):
+    return [(len(marks), title) for marks, title in re.findall(r"^(#+) +(.+?) *$", prose(nb), re.MULTILINE)]
+
+
+def slug(title):
+    "The anchor Pandoc gives a heading."
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).lower()
+    text = re.sub(r"[^\w\s.-]", "", re.sub(r"[$`*]", "", text))
+    return re.sub(r"^[^a-z]+", "", re.sub(r"\s", "-", text.strip()))
+
+
+def front_matter(nb):
+    return yaml.safe_load(nb.cells[0].source.strip().strip("-"))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_is_built(site, name):
+    if name in errors_of(site):
+        still_to_come("imports", name)
+    assert name not in errors_of(site), errors_of(site)[name]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_front_matter(page, name):
+    "Title and one line of description; and nothing of the first cell is lost, since nbdev keeps no more of it."
+    first = source(name).cells[0].source.strip().splitlines()
+    if len(first) != 3:
+        still_to_come("title", name)
+    assert len(first) == 3 and first[1] == "" and re.match(r"# \S", first[0]) and re.match(r"> \S", first[2]), "the first cell holds title and subtitle only"
+    matter = front_matter(page(name))
+    assert set(matter) == {"title", "description", "output-file"} and len(matter["description"]) > 20
+
+
+def test_page_names_are_unique():
+    assert not [n for n, count in Counter(re.sub(r"^\d+_", "", name) for name in PAGES).items() if count > 1]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_headings_nest(page, name):
+    "Below the title level by level; nbdev's `### name` stands below a section."
+    levels = [1, *(level for level, _ in headings(page(name)))]
+    for (above, below), (_, title) in zip(zip(levels, levels[1:]), headings(page(name))):
+        assert 1 < below <= above + 1, f"{title!r}: level {below} after {above}"
+
+
+def anchors(nb):
+    return {slug(title) for _, title in headings(nb)} | set(re.findall(r"\{#([\w.-]+)", prose(nb)))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_and_anchors_resolve(page, name):
+    for target, anchor in re.findall(r"\]\(([\w./-]*)(?:#([\w.-]+))?\)", prose(page(name))):
+        if target.endswith(".ipynb") or (anchor and not target):
+            other = Path(target).stem if target else name
+            assert other in PAGES, f"links to {target}"
+            assert not anchor or anchor in anchors(page(other)), f"links to {target}#{anchor}"
+        elif target:
+            assert (NBS / target).exists(), f"links to {target}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_to_names_resolve(site, page, name):
+    "Names in backticks lead to a page of this site and, for functions and classes, to their heading there."
+    config = {line.split(" = ")[0]: line.strip().split(" = ")[1] for line in open(ROOT / "settings.ini") if " = " in line}
+    pages = {re.sub(r"^\d+_", "", n) + ".html": n for n in PAGES}
+    for target, anchor in re.findall(re.escape(config["doc_host"] + config["doc_baseurl"]) + r"/([\w.]+)#([\w.]+)\)", prose(page(name))):
+        assert target in pages, target
+        if not re.search(r"\.|^_", anchor) and pages[target] not in errors_of(site):           # methods and private names lead to their page
+            assert anchor in anchors(page(pages[target])), f"{target}#{anchor}"
+
+
+def chapter_of(module):
+    return next(n for n in CHAPTERS if any(re.search(rf"^#\|\s*default_exp {module}$", c.source, re.MULTILINE) for c in source(n).cells))
+
+
+@pytest.mark.parametrize("module", [p.stem for p in docstrings.modules()])
+def test_every_public_name_is_documented(page, module):
+    "Functions and classes on their chapter's page by `show_doc`; all of them, and the methods, in the reference."
+    tree = ast.parse((ROOT / "vlmamba_lite" / f"{module}.py").read_text(encoding="utf-8"))
+    names = [(name, owner) for name, _, owner in docstrings.public_names(tree) if not docstrings.is_derivative(owner)]
+    shown = {title for level, title in headings(page(chapter_of(module)))}
+    assert not [name for name, owner in names if owner is None and name not in shown]
+    reference = next(c for c in page("api").cells if f'reference("{module}"' in c.source)
+    text = "".join(reference.outputs[0].data["text/markdown"])
+    assert not [name for name, owner in names if not re.search(rf"^(### {re.escape(name)}$|\| \[{name}\])", text, re.MULTILINE)]
+
+
+def directives(cell):
+    "The options at the top of a cell, as Quarto reads them: YAML behind `#|`."
+    lines = re.match(r"(?:#\|.*\n?)*", cell.source)[0].splitlines()
+    options = [re.sub(r"^#\| ?", "", line) for line in lines]
+    return yaml.safe_load("\n".join(o for o in options if re.match(r"[\w-]+:", o))) or {}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pictures_have_alt_text(name):
+    "`#| fig-alt:` over every cell that shows a picture, one picture a cell; words between the brackets of every Markdown picture."
+    nb = source(name)
+    for i, cell in enumerate(nb.cells):
+        pictures = [o for o in cell.get("outputs", []) if any(kind.startswith("image/") for kind in o.get("data", {}))]
+        assert len(pictures) <= 1, f"cell {i} shows {len(pictures)} pictures"
+        if pictures and "#| hide" not in cell.source:
+            alt = directives(cell).get("fig-alt", "")
+            if not alt:
+                still_to_come("alt", name)
+            assert 6 <= len(alt.split()) and len(alt) <= 300, f"cell {i}: fig-alt {alt!r}"
+            assert not re.search(r"^#\|\s*exports?\b", cell.source, re.MULTILINE), f"cell {i} is exported"
+    assert not re.findall(r"!\[\s*\]\(|<img(?![^>]*\balt=)", prose(nb))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_options_are_yaml(name):
+    for cell in source(name).cells:
+        assert cell.cell_type != "code" or isinstance(directives(cell), dict)
+
+
+def contents(entries):
+    return [name for e in entries for name in ([e] if isinstance(e, str) else contents(e["contents"]))]
+
+
+def test_sidebar_lists_every_page_once():
+    sidebar = yaml.safe_load((NBS / "sidebar.yml").read_text())["website"]["sidebar"]["contents"]
+    assert sorted(contents(sidebar)) == [f"{name}.ipynb" for name in PAGES]
+    assert [e["section"] for e in sidebar if isinstance(e, dict)] == ["The scan", "The eye", "The language model", "The whole", "The evidence", "Reference"]
+
+
+def test_configuration():
+    "Light and dark, search, files that exist; what is included asks nobody but GitHub and Colab, and only when clicked."
+    config = yaml.safe_load((NBS / "_quarto.yml").read_text())
+    html, website = config["format"]["html"], config["website"]
+    assert set(html["theme"]) == {"light", "dark"} and website["search"] and html["code-tools"]["toggle"]
+    assert website["repo-subdir"] == "nbs" and "source" in website["repo-actions"]
+    for name in (html["css"], html["include-in-header"], html["include-after-body"], *(entry["href"] for entry in website["navbar"]["left"])):
+        assert (NBS / name).is_file(), name
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", (NBS / "colab.html").read_text() + (NBS / "equations.html").read_text())
+
+
+def test_glossary_names_exist():
+    "Every code name of the glossary is a name in the library."
+    library = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "vlmamba_lite").glob("*.py"))
+    rows = re.findall(r"^\|[^|]*\|([^|]*)\|", prose(source("glossary")), re.MULTILINE)
+    names = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert len(names) > 25
+    assert not [name for name in names if not re.search(rf"\b{name}\b", library)]
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_chapter_leads_to_the_glossary(name):
+    if "glossary.ipynb" not in prose(source(name)):
+        still_to_come("glossary", name)
+    assert "glossary.ipynb" in prose(source(name))
