@@ -126,7 +126,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
 def plot_scan_costs(rows, axes=None):
     "Time and peak memory of scans against length, from the `lengths` of `data/results/bench_scan.json`. Returns the axes."
     import matplotlib.pyplot as plt
-    axes = plt.subplots(1, 2, figsize=(6.6, 2.8))[1] if axes is None else axes
+    axes = plt.subplots(1, 2, figsize=(6, 2.7))[1] if axes is None else axes
     for name, marker in zip(dict.fromkeys(row["scan"] for row in rows), "osd^vx"):
         mine = [row for row in rows if row["scan"] == name]
         lengths = [row["length"] for row in mine]
@@ -134,5 +134,5 @@ def plot_scan_costs(rows, axes=None):
             ax.loglog(lengths, cost, marker=marker, ms=3, lw=1, label=name)
     for ax, label in zip(axes, ("time, ms", "peak memory, MiB")):
         ax.set(xlabel="length", ylabel=label)
-    axes[0].legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="lower right")
     return axes
