@@ -115,9 +115,10 @@ def test_every_page_and_theme(load, width, theme):
 def test_all_controls_are_reached_by_the_keyboard(load):
     page = load("memory")
     reached = []
-    for _ in range(8):
+    for _ in range(7):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.tagName.toLowerCase()"))
+        assert page.evaluate("document.activeElement.hasAttribute('data-lm-suppress-shortcuts')")        # or JupyterLab takes its keys
     assert reached[:3] == ["input", "input", "svg"] and "button" in reached
 
 
@@ -243,6 +244,17 @@ def test_cost_of_every_kind(load):
         for model in given["models"]:
             expected = dict(given["points"][cost["key"]][model])[given["start"]]
             assert fact(page, model) == f"{digits(expected)} {cost['unit']}"
+
+
+def test_colab_link(browser):
+    "What colab.html adds to a page of the site: the address of the same notebook, made from the link to its source."
+    page = browser.new_page()
+    url = "github.com/someone/vlmamba_lite/blob/main/nbs/01_scan_reference.ipynb"
+    page.set_content(f'<ul><li><a href="https://{url}" class="toc-action"><i></i>View source</a></li></ul>' + (ROOT / "nbs" / "colab.html").read_text())
+    link = page.get_by_text("Open in Colab")
+    assert link.get_attribute("href") == "https://colab.research.google.com/" + url.replace("github.com", "github")
+    assert "git clone -q https://github.com/someone/vlmamba_lite" in link.get_attribute("title")
+    page.close()
 
 
 @pytest.mark.parametrize("name", NOTEBOOK)
