@@ -134,5 +134,5 @@ def plot_scan_costs(rows, axes=None):
             ax.loglog(lengths, cost, marker=marker, ms=3, lw=1, label=name)
     for ax, label in zip(axes, ("time, ms", "peak memory, MiB")):
         ax.set(xlabel="length", ylabel=label)
-    axes[1].legend(fontsize=7, loc="lower right")
+    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=6, fontsize=7)
     return axes
