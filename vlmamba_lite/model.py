@@ -751,7 +751,7 @@ def save_together(folder, files):
         finish_save(folder)
     finally:
         if not (folder / SWITCH).exists():
-            for path in folder.glob("new.*"):
+            for path in (*folder.glob("new.*"), *folder.glob(".new.*.part")):
                 path.unlink()
 
 # %% ../nbs/15_vlmamba.ipynb #165f4da2
