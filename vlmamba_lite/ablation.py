@@ -216,14 +216,17 @@ TASKS = {}
 
 # %% ../nbs/19_ablations.ipynb #b6799fe2
 @cache
-def load_easy():
-    "easy-VQA: its tokenizer, and its three splits as VQASets, captions among the training rows."
+def load_easy(validation, test):
+    "easy-VQA: its tokenizer, and its splits as VQASets, the first `validation` and `test` pictures of two of them, captions among the training rows."
     rows = {split: load_easy_vqa(split) for split in ("train", "validation", "test")}
     tokenizer = build_tokenizer(text for name in ("questions", "answers") for texts in rows["train"][name] for text in texts)
+    rows |= {"validation": rows["validation"].select(range(validation)), "test": rows["test"].select(range(test))}
     return tokenizer, {split: build_set(data, tokenizer, captions=split == "train") for split, data in rows.items()}
 
 
-TASKS["easy-vqa"] = Task(TrainingConfig(steps=300, batch_size=16, evaluations=1), load_easy, make_batch, accuracy_by_type)
+_EASY = TrainingConfig(steps=600, batch_size=16, phases=((0.0, (3, 6, 0.02, 0.02, 100)), (0.5, (1, 1, 1, 3, 100))), evaluations=1)
+TASKS["easy-vqa"] = Task(_EASY, load_easy, make_batch, accuracy_by_type, (100, 1000))
+TASKS["easy-vqa-short"] = Task(replace(_EASY, steps=120, batch_size=8), load_easy, make_batch, accuracy_by_type, (50, 300), default=False)
 
 # %% ../nbs/19_ablations.ipynb #0fade864
 CLEVR_QUESTIONS = {text.format(color): kind for kind, text in (NON_RELATIONAL | RELATIONAL).items() for color in CLEVR_COLORS}
