@@ -28,7 +28,7 @@ from .language_model import MIXERS, MambaConfig, MambaLM, naming, write_atomical
 
 # %% ../nbs/12_checkpoints.ipynb #53e2cdc7
 def our_name(name, tied):
-    "The name that a published parameter has here. With `tied`, the head is the embedding."
+    "The name that a published parameter, of the authors' or of transformers, has here. With `tied`, the head is the embedding."
     name = name.removeprefix("model.").replace("backbone.embeddings.", "backbone.embedding.")
     return "backbone.embedding.weight" if tied and name == "lm_head.weight" else name
 
@@ -58,7 +58,7 @@ NOT_OURS = {"dt_init", "dt_scale", "conv_init", "use_fast_path", "use_mem_eff_pa
 
 
 def original_mixer_args(mixer, ssm_cfg):
-    "The arguments of our mixer in the `ssm_cfg` of an original configuration."
+    "The arguments of our mixer in the `ssm_cfg` of an original configuration. Raises `ValueError` for one that it does not have."
     need(ssm_cfg, d_ssm=None, D_has_hdim=False, rmsnorm=True)
     args = {name: value for name, value in ssm_cfg.items() if name not in NOT_OURS | {"d_ssm", "D_has_hdim", "rmsnorm"}}
     unknown = sorted(set(args) - set(signature(MIXERS[mixer]).parameters))
@@ -68,7 +68,7 @@ def original_mixer_args(mixer, ssm_cfg):
 
 # %% ../nbs/12_checkpoints.ipynb #86d955d8
 def original_config(fields):
-    "`MambaConfig` of an original config.json; older files lack fields, which then have the authors' defaults."
+    "`MambaConfig` of an original config.json; missing fields have the authors' defaults. Raises `ValueError` for what we cannot build."
     need_fields(fields, "d_model", "n_layer", "vocab_size")
     need(fields, rms_norm=True, d_intermediate=0, attn_layer_idx=[])
     ssm_cfg = dict(fields.get("ssm_cfg") or {})
@@ -88,7 +88,7 @@ def json_float(value):
 
 # %% ../nbs/12_checkpoints.ipynb #74f1a554
 def transformers_mixer_args(fields):
-    "The arguments of our mixer in a transformers configuration of a Mamba or Mamba-2 model."
+    "The arguments of our mixer in a transformers configuration. Raises `ValueError` where fields are missing or heads do not fit."
     args = dict(d_state=fields["state_size"], d_conv=fields.get("conv_kernel", 4), expand=fields.get("expand", 2),
                 bias=fields.get("use_bias", False), conv_bias=fields.get("use_conv_bias", True))
     if fields["model_type"] == "mamba":
@@ -103,7 +103,7 @@ def transformers_mixer_args(fields):
 
 # %% ../nbs/12_checkpoints.ipynb #892576df
 def transformers_config(fields):
-    "`MambaConfig` of a config.json with model_type mamba or mamba2."
+    "`MambaConfig` of a config.json with model_type mamba or mamba2. Raises `ValueError` where fields are missing or are not ours."
     need_fields(fields, "hidden_size", "num_hidden_layers", "vocab_size", "state_size")
     need(fields, hidden_act="silu", rms_norm=True)
     vocabulary = dict(vocab_size=fields["vocab_size"], pad_vocab_size_multiple=1) | fields.get("vlmamba_lite", {})
@@ -115,7 +115,7 @@ def transformers_config(fields):
 
 # %% ../nbs/12_checkpoints.ipynb #6d6750db
 def published_config(fields, vocab_size=None):
-    "`MambaConfig` of a config.json in either layout. vocab_size: the real tokens, where the file counts the padding."
+    "`MambaConfig` of a config.json in either layout, else `ValueError`. vocab_size: the real tokens, where the file counts the padding."
     kind = fields.get("model_type")
     if kind in ("mamba", "mamba2"):
         config = transformers_config(fields)
@@ -179,7 +179,7 @@ def read_json(path):
 
 # %% ../nbs/12_checkpoints.ipynb #dddd6afc
 def shard_names(index):
-    "The files that an index names, in their order. They must be plain names: an index must not lead out of its folder."
+    "The files that an index names, in order; `ValueError` unless plain names: an index must not lead out of its folder."
     files = read_json(index).get("weight_map")
     names = sorted(set(files.values())) if isinstance(files, dict) else []
     if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
@@ -316,7 +316,7 @@ def config_of(model):
 
 # %% ../nbs/12_checkpoints.ipynb #7e4b8d86
 def mixer_fields(mixer, kind):
-    "The fields of a transformers configuration that describe a `Mamba` or `Mamba2` layer."
+    "The fields of a transformers configuration that describe a `Mamba` or `Mamba2` layer. Raises `ValueError` for norm_before_gate."
     expand = mixer.d_inner / mixer.d_model
     fields = dict(state_size=mixer.d_state, conv_kernel=mixer.d_conv, expand=int(expand) if expand == int(expand) else expand,
                   use_bias=mixer.in_proj.bias is not None, use_conv_bias=mixer.conv1d.bias is not None)
@@ -328,7 +328,7 @@ def mixer_fields(mixer, kind):
 
 # %% ../nbs/12_checkpoints.ipynb #1ff975d3
 def write_json(path, fields):
-    "Writes fields to a JSON file, atomically."
+    "Writes fields to a JSON file, atomically: the old file or the whole new one."
     write_atomically(path, lambda part: part.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8"))
 
 
