@@ -87,7 +87,7 @@ class MLPConnector(nn.Module):
         self.mlp = _mlp(vision_dim, language_dim, hidden_dim, activation)
 
     def forward(self, tokens, size):
-        "tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, language_dim). Raises `ValueError`."
+        "tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, language_dim). Raises `ValueError` where they do not fit."
         check_tokens(tokens, size, self.vision_dim, "tokens")
         return self.mlp(tokens)
 
@@ -105,7 +105,7 @@ class VSSMLPConnector(nn.Module):
         self.mlp = _mlp(vision_dim, language_dim, hidden_dim, activation)
 
     def forward(self, tokens, size):
-        "tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, language_dim). Raises `ValueError`."
+        "tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, language_dim). Raises `ValueError` where they do not fit."
         check_tokens(tokens, size, self.vision_dim, "tokens")
         return self.mlp(self.norm(self.vss(tokens, size) + tokens))
 
@@ -123,7 +123,7 @@ class VSSL2Connector(nn.Module):
         self.linear2 = nn.Linear(hidden_dim, language_dim)
 
     def forward(self, tokens, size):
-        "tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, language_dim). Raises `ValueError`."
+        "tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, language_dim). Raises `ValueError` where they do not fit."
         check_tokens(tokens, size, self.vision_dim, "tokens")
         v = self.linear1(tokens)                                         # the skip starts here, before the GELU
         return self.linear2(self.norm(self.vss(F.gelu(v), size) + v))

@@ -895,7 +895,7 @@ def _find(leader, key):
 
 # %% ../nbs/14_data.ipynb #43baab28
 def split_by_image(data, share=0.1, seed=0, on_error="raise", tally=None):
-    "Positions for (training, validation), about `share` of the groups there; no picture is on both sides. `ValueError`, and faults."
+    "Positions for (training, validation), about `share` of the groups there, none on both sides. `ValueError` for another share; faults as on_error says."
     if not 0 < share < 1:
         raise ValueError(f"share: got {share}, need a number between 0 and 1")
     leader, own, tally = {}, {}, Tally() if tally is None else tally
@@ -1456,7 +1456,7 @@ def _arrow_data(path):
 
 # %% ../nbs/14_data.ipynb #b2d4dabc
 def open_tokenizer(path):
-    "The tokenizer in a tokenizer.json, or a folder with one; tokenizer_config.json: with `transformers`. FileNotFoundError, ValueError."
+    "The tokenizer in a tokenizer.json, or a folder with one; tokenizer_config.json: with `transformers`. Raises `FileNotFoundError` or `ValueError`."
     path = Path(path)
     if (path / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer

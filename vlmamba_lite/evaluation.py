@@ -354,7 +354,7 @@ def mme_scores(predictions, labels, categories, pictures):
 
 # %% ../nbs/17_evaluation.ipynb #4291f48e
 def circular_parts(right, groups):
-    "Was each rotation right, of which question is it (one each, `ValueError`) -> (questions, 4): all right, 1, rotations right, rotations."
+    "Was each rotation right, and of which question is it -> (questions, 4): all right, 1, rotations right, rotations. `ValueError` unless one each."
     check_pairs(right, groups)
     circles = defaultdict(list)
     for hit, group in zip(right, groups):
@@ -932,7 +932,7 @@ class LMMSMixin:
         return answer_requests(self.answers, self.task_dict, requests, self.rows)
 
     def generate_until_multi_round(self, requests):
-        "Not offered, one question is all it hears: raises `NotImplementedError`."
+        "Not offered, for the model answers one question about one picture: raises `NotImplementedError`."
         raise NotImplementedError("vlmamba answers one question about one picture")
 
     def loglikelihood(self, requests):

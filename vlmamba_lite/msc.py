@@ -46,7 +46,7 @@ def _draw_directions(ax, scan):
     gate = rows[-1] - 1
     for name, y in zip(names, rows):
         _line(ax, (2.3, 0), (2.3, y), (6.7, y), (6.7, 0), head=False)
-        ax.text(2.4, y + 0.2, name, fontsize=7, color="0.3")
+        ax.text(2.4, y + 0.22, name, fontsize=6, color="0.3")
         for part, x in zip(("Conv", "silu", "SSM", "×"), (4, 4.7, 5.4, 6.1)):
             _box(ax, part, x, y)
     _line(ax, (1, 0), (1, gate), (6.1, gate), (6.1, rows[-1]))
@@ -261,7 +261,7 @@ class MSCReport:
 class MSCPath(MSCReport, nn.Module):
     "The way of the tokens through an MSC connector (ML-Mamba, equations 6 to 8): `stem`, `blocks`, `norm`, `mlp`."
     def forward(self, tokens, size):
-        "tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, language_dim). Raises `ValueError`."
+        "tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, language_dim). Raises `ValueError` where they do not fit."
         check_tokens(tokens, size, self.vision_dim, "tokens")
         x = self.stem(tokens)
         for block in self.blocks:

@@ -142,7 +142,7 @@ def vit_hidden(vit, images, depth):
 
 # %% ../nbs/13_vision.ipynb #5f6b020e
 class ViT(nn.Module):
-    "A small vision transformer (arXiv 2010.11929) without class token; positions for `image_size`, resized for others. `ValueError`."
+    "A small vision transformer (arXiv 2010.11929) without class token; positions for `image_size`, resized for others. Raises `ValueError`."
     def __init__(self, dim, depth=4, heads=4, patch_size=8, image_size=64):
         super().__init__()
         self.dim, self.patch_size, self.image_size = dim, patch_size, image_size
@@ -463,7 +463,7 @@ class Tower(TowerParts):
     "A pretrained vision transformer (arXiv 2010.11929) of `transformers` as an encoder; the base of `SigLIP`, `CLIP` and `DINOv2`."
 
     def forward(self, images):
-        "Pictures (B, 3, H, W) as its `preprocess` makes them -> tokens (B, h w, dim) in their dtype, (h, w) whole patches. `ValueError`."
+        "Pictures (B, 3, H, W) as its `preprocess` makes them -> tokens (B, h w, dim) in their dtype, (h, w) whole patches. Raises `ValueError`."
         _check_pictures(images, self.patch_size)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (not self.frozen or images.requires_grad)):
             tokens = self.model(images, **self.options).last_hidden_state[:, self.skip:]
