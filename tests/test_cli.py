@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 FILES = {"model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl", "result.json", "run_config.json", "curves.png",
-         "samples.png", "checkpoint.pt"}
+         "samples.png", "checkpoints"}
 QUESTION = "what color is the shape?"
 HERE = Path(__file__).resolve().parent.parent
 START = "import sys; from vlmamba_lite.cli import app; sys.argv[0] = 'vlmamba'; app()"
@@ -67,7 +67,7 @@ def steps_of(folder):
 
 
 def contents(folder):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(folder).iterdir()}
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(folder).rglob("*") if p.is_file()}
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def picture(tmp_path_factory):
 # train
 
 def test_what_a_run_leaves(run):
-    import torch
+    from vlmamba_lite.training import checkpoints, verify_checkpoint
     assert {p.name for p in run.folder.iterdir()} == FILES and [p.name for p in run.folder.parent.iterdir()] == ["tiny-seed3"]
     assert all((run.folder / name).read_bytes()[:4] == b"\x89PNG" for name in ("curves.png", "samples.png"))
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
@@ -114,8 +114,8 @@ def test_what_a_run_leaves(run):
     assert all({"cpu_seconds", "wall_seconds"} < set(line) for line in lines if "loss" in line)
     began = json.loads((run.folder / "run_config.json").read_text())
     assert began["preset"] == "tiny" and began["seed"] == 3 and began["training"]["steps"] == 3 and "connector" in began["model"]
-    stopped = torch.load(run.folder / "checkpoint.pt", weights_only=True)
-    assert (stopped["step"], stopped["seed"]) == (3, 3)
+    assert [path.name for path in checkpoints(run.folder)] == ["step-00000002", "step-00000003"]
+    verify_checkpoint(checkpoints(run.folder)[-1])
 
 
 def test_what_its_result_says(run):
@@ -167,7 +167,7 @@ def test_a_run_goes_on_only_as_it_began(run, tmp_path, few):
     is_a_mistake(vlmamba(*again, "--preset", "tiny", "--steps", 4), "steps.*4.*3.* with which this run began")
     is_a_mistake(vlmamba(*again[:4], "--preset", "tiny", "--steps", 3), "seed: got 0, need 3")
     is_a_mistake(vlmamba(*again, "--preset", "lite", "--steps", 3), "preset: got lite, need tiny")
-    is_a_mistake(vlmamba("train", "--preset", "tiny", "--resume", "--output", tmp_path / "none"), "resume: no checkpoint.pt in ")
+    is_a_mistake(vlmamba("train", "--preset", "tiny", "--resume", "--output", tmp_path / "none"), "resume: no checkpoint in ")
     assert contents(run.folder) == before and not (tmp_path / "none").exists()
 
 
@@ -220,7 +220,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_with_the_line_it_prints(tmp_path, pict
 
 
 @pytest.mark.parametrize("arguments, match", [
-    (["--preset", "huge"], r"^vlmamba: preset: got 'huge', need one of \['lite', 'tiny'\]$"),
+    (["--preset", "huge"], "^vlmamba: preset: got 'huge', need one of .*'lite'.*'vl-mamba-2.8b'.* or a row of ABLATIONS$"),
     (["--preset", "tiny", "--device", "tpu"], "^vlmamba: device: got 'tpu', need 'auto', 'cpu'"),
     (["--preset", "tiny", "--output", "a file"], "^vlmamba: .*a file")])
 def test_mistakes_in_training(arguments, match, tmp_path, few):
@@ -267,6 +267,216 @@ def test_the_seed_draws_the_first_weights(few):
     assert all(torch.equal(t, again[name]) for name, t in model.state_dict().items())
     assert not torch.equal(model.vision.position, other["vision.position"])
     assert config.steps == 7 and prepare("tiny", 0)[1].steps == 60 and set(data) == {"train", "validation", "test"}
+
+
+# train: settings
+
+def settings_of(*layers):
+    from vlmamba_lite.cli import resolve
+    return resolve(*layers)[0]
+
+
+def test_the_later_setting_wins(tmp_path):
+    from vlmamba_lite.cli import option_settings, parse_change
+    file = dict(preset="vl-mamba-2.8b", seed=3, training=dict(lr=1e-4, align=dict(lr=2e-4, clip=0.5)), model=dict(connector="vss_mlp", scan="csm"))
+    first = settings_of(file)
+    assert first["seed"] == 3 and [first["training"][s]["lr"] for s in ("align", "instruct")] == [2e-4, 1e-4]
+    given = option_settings(dict(seed=4, steps=7, connector="vss_l2", scan=None, data=[], config=None))
+    then = settings_of(file, given)
+    assert then["seed"] == 4 and then["model"] == {"connector": "vss_l2", "scan": "csm"} and then["preset"] == "vl-mamba-2.8b"
+    assert all(then["training"][s]["steps"] == 7 and then["training"][s]["epochs"] is None for s in ("align", "instruct"))
+    last = settings_of(file, given, parse_change("training.lr=5e-5"), parse_change("training.align.epochs=2"), parse_change("seed=5"))
+    assert last["seed"] == 5 and [last["training"][s]["lr"] for s in ("align", "instruct")] == [5e-5, 5e-5]        # over a stage's own in the file
+    assert (last["training"]["align"]["epochs"], last["training"]["align"]["steps"], last["training"]["align"]["clip"]) == (2, None, 0.5)
+
+
+def test_settings_bring_their_recipe():
+    for preset, recipe, stages in (("vl-mamba-2.8b", "llava-1.5", ["align", "instruct"]), ("ml-mamba/t4/mamba2-780m", "ml-mamba", ["align", "instruct"])):
+        settings = settings_of({"preset": preset})
+        assert settings["recipe"] == recipe and settings["stages"] == stages == list(settings["training"])
+    assert settings_of({"preset": "vl-mamba-2.8b", "stages": ["instruct"]})["stages"] == ["instruct"]
+    assert settings_of({"preset": "vl-mamba-2.8b", "recipe": "cobra"})["stages"] == ["instruct"]
+    lite = settings_of({"training": {"steps": 5}})
+    assert lite["recipe"] == "lite" and lite["training"]["steps"] == 5 and lite["training"]["batch_size"] == 32
+
+
+def test_resolved_settings_are_settings():
+    from vlmamba_lite.cli import as_yaml, parse_yaml
+    for layer in ({}, {"preset": "ml-mamba-2.7b", "data": "a.json", "training": {"instruct": {"ema": 0.99}}}, {"preset": "tiny", "data": ["a", "b"]}):
+        settings = settings_of(layer)
+        again = settings_of(parse_yaml(as_yaml(settings)))
+        assert as_yaml(again) == as_yaml(settings) and settings_of(json.loads(json.dumps(settings)))["training"] == again["training"]
+
+
+@pytest.mark.parametrize("arguments, match", [
+    ("--set training.lrr=1", "'training.lrr', the nearest known one is 'training.lr'$"),
+    ("--set trainin.lr=1", "'trainin', the nearest known one is 'training'$"),
+    ("--set model.conector=mlp", "'model.conector', the nearest known one is 'model.connector'$"),
+    ("--preset vl-mamba-2.8b --set training.align.clp=1", "'training.align.clp', the nearest known one is 'training.align.clip'$"),
+    ("--preset vl-mamba-2.8b --set training.aling.clip=1", "'training.aling', the nearest known one is 'training.align'$"),
+    ("--preset vl-mamba-2.8b --stage alig", "unknown stage 'alig', the nearest known one is 'align'$"),
+    ("--preset vl-mamba-2.8b --data aling=x", "'data.aling', the nearest known one is 'data.align'$"),
+    ("--preset vl-mamba-2.8b --data align=x", "data: got none for the stage 'instruct'"),
+    ("--preset vl-mamba-2.8b --data align=x --data y", "data, weights: got align=x, y, need all with a name"),
+    ("--preset vl-mamba-2.8b", "data: got none for the preset 'vl-mamba-2.8b', need .* --data align=PATH --data instruct=PATH"),
+    ("--preset vl-mamba-2.8b --data no.json", "data: no file or folder no.json"),
+    ("--preset vl-mamba-2.8b --recipe llava", "recipe: got 'llava', need one of .*llava-1.5"),
+    ("--set training.lr", "set: got 'training.lr', need NAME=VALUE"), ("--set training.lr={", "set: got .*no YAML"), ("--set =1", "set: got '=1'"),
+    ("--set training=5", "training: got 5, need settings with names"), ("--set training.lr=fast", "training.lr: got .fast., need float"),
+    ("--preset vl-mamba-2.8b --set training.align.steps=1.5", "training.align.steps: got 1.5, need int"), ("--set training.steps=0", "steps: got 0"),
+    ("--preset vl-mamba-2.8b --set training.align=5", "training.align: got 5, need settings with names"),
+    ("--preset vl-mamba-2.8b --precision fp8", "precision: got 'fp8', need one of fp32, bf16"),
+    ("--weights published", "weights: got 'published' for the preset 'lite'"), ("--weights vision=a", "weights: got "),
+    ("--weights a --weights b", "weights: got a, b, need one word, or one folder for each part"),
+    ("--weights magic", "weights: got 'magic', need 'random'"), ("--connector glue", "connector: got 'glue'"), ("--scan spiral2", "scan: got 'spiral2'"),
+    ("--connector mlp --scan csm", "scan: got one for the connector 'mlp'"), ("--stage train", "stages: got .* easy-VQA, which brings its own; need data"),
+    ("--config none.yaml", "config: no file none.yaml"), ("--config list.yaml", "config: got list in list.yaml"),
+    ("--config broken.yaml", "config: broken.yaml is no YAML or JSON"), ("--config odd.yaml", "'sed', the nearest known one is 'seed'$")])
+def test_mistakes_in_settings(arguments, match, tmp_path, few):
+    Path("list.yaml").write_text("[1, 2]")
+    Path("broken.yaml").write_text("{a: ")
+    Path("odd.yaml").write_text("sed: 1")
+    is_a_mistake(vlmamba("train", *shlex.split(arguments)), match)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.yaml", "list.yaml", "odd.yaml"]
+
+
+def test_a_dry_run_is_a_config(tmp_path):
+    from vlmamba_lite.cli import read_settings
+    arguments = ["--preset", "tiny", "--recipe", "llava-1.5", "--data", "no.json", "--steps", 3, "--set", "training.max_length=64", "--processes", 2]
+    said = vlmamba("train", *arguments, "--dry-run")
+    assert said.code == 0 and said.err == "" and not list(tmp_path.iterdir()), said
+    Path("run.yaml").write_text(said.out)
+    again = vlmamba("train", "--config", "run.yaml", "--dry-run", "--processes", 2)
+    assert again.out == said.out and read_settings("run.yaml")["training"]["align"]["steps"] == 3
+    for words in ("# tiny ", "of each of 2 processes, stage align: 32 rows of 64 tokens", "stage instruct: 16 rows of 64 tokens", "# total "):
+        assert words in said.out
+    changed = vlmamba("train", "--config", "run.yaml", "--dry-run", "--seed", 9, "--set", "training.instruct.lr=1e-4")
+    assert changed.out.count("lr: 0.0001\n") == 1 and "seed: 9" in changed.out
+
+
+def test_a_dry_run_of_the_papers_model_needs_no_network_and_no_memory(monkeypatch):
+    import socket
+
+    def no_network(*args, **kwargs):
+        raise AssertionError("the network was asked")
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    said = vlmamba("train", "--preset", "vl-mamba-2.8b", "--stage", "align", "--dry-run")
+    assert said.code == 0, said
+    sizes = re.search(r"# vl-mamba-2.8b +([\d.,]+) +([\d.,]+) +([\d.,]+) +([\d.,]+)", said.out)
+    assert sizes[3] == "2,768.3" and "siglip 428.2, mamba-2.8b-slimpj 2,768.3" in said.out             # published: 0.43 B and 2.77 B
+    assert re.search(r"# weights +12\.\d GiB\n(#.*\n)+# total +\d+\.\d GiB\n# (fits|does not fit) in ", said.out)
+
+
+def test_a_dry_run_of_the_small_model(few):
+    said = vlmamba("train", "--dry-run")
+    assert said.code == 0 and "preset: lite" in said.out and re.search(r"# lite .* 0\.4\n", said.out) and not Path("runs").exists(), said
+
+
+def test_other_parts_and_numbers_for_the_small_model(few):
+    said = vlmamba("train", "--preset", "tiny", "--connector", "mlp", "--set", "training.lr=1e-3", "--steps", 2, "--output", "here")
+    assert said.code == 0, said
+    began = json.loads(Path("here/run_config.json").read_text())
+    assert began["model"]["connector"] == "mlp" and began["training"]["lr"] == 1e-3
+    again = vlmamba("train", "--config", "here/run_config.json", "--output", "here", "--resume")
+    assert again.code == 0 and "Everything is in here" in again.out, again
+    is_a_mistake(vlmamba("train", "--config", "here/run_config.json", "--output", "here", "--resume", "--connector", "vss_mlp"), "model.connector: got vss_mlp, need mlp")
+
+
+# train: conversations
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
+    "A folder with LLaVA's json, twice, and pictures: what colour is a square?"
+    from PIL import Image
+    folder = tmp_path_factory.mktemp("talks")
+    for name, count in (("captions", 12), ("talks", 10)):
+        records = []
+        for i in range(count):
+            color = ("red", "green", "blue")[i % 3]
+            Image.new("RGB", (40, 30), color).save(folder / f"{name}{i}.png")
+            turns = [{"from": "human", "value": "<image>\nwhat color?"}, {"from": "gpt", "value": color}]
+            records.append({"id": f"{name}{i}", "image": f"{name}{i}.png", "conversations": turns})
+        (folder / f"{name}.json").write_text(json.dumps(records))
+    return folder
+
+
+TWO_STAGES = ["--preset", "tiny", "--recipe", "llava-1.5", "--steps", 3, "--precision", "fp32", "--set", "training.batch_size=4",
+              "--set", "training.micro_batch=2", "--set", "training.max_length=48", "--set", "training.evaluations=1"]
+
+
+@pytest.fixture(scope="module")
+def two_stages(talks, tmp_path_factory):
+    "A run of two stages on conversations."
+    folder = tmp_path_factory.mktemp("two") / "run"
+    said = vlmamba("train", *TWO_STAGES, "--data", f"align={talks / 'captions.json'}", "--data", f"instruct={talks / 'talks.json'}",
+                   "--validation", talks / "talks.json", "--output", folder)
+    return SimpleNamespace(folder=folder, said=said)
+
+
+def test_two_stages_on_conversations(two_stages, talks, types):
+    said, folder = two_stages.said, two_stages.folder
+    assert said.code == 0 and said.err == "", said
+    assert re.search(r"instruct .*6/6 +loss \d\.\d{3} +lr \S+ +[\d,]+ tokens/s +\d\.\d GiB +0:00:00 left", said.out) and said.out.count("validation: loss") == 2
+    assert f"vlmamba chat {folder} picture.png" in said.out
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines if "validation" in line] == ["align", "instruct"]
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == 6 and result["stages"] == ["align", "instruct"] and set(result["validation"]) == {"loss"} and "commit" in result
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert types(["what color?"], folder, talks / "talks0.png", "--tokens", 4).code == 0
+    again = vlmamba("train", "--config", folder / "run_config.json", "--output", folder, "--resume")
+    assert again.code == 0 and "6/6" in again.out, again
+    is_a_mistake(vlmamba("train", "--config", folder / "run_config.json", "--output", folder), "output: .* already holds a run")
+    is_a_mistake(vlmamba("train", "--config", folder / "run_config.json", "--output", folder, "--resume", "--seed", 1), "seed: got 1, need 0")
+
+
+def test_one_stage_after_the_other_is_both(two_stages, talks, tmp_path):
+    "The second stage alone, from a connector that the first one has trained, in a run of its own."
+    first = vlmamba("train", *TWO_STAGES, "--stage", "align", "--data", talks / "captions.json", "--output", "first")
+    assert first.code == 0 and "align" in first.out and "instruct" not in first.out, first
+    lines = [json.loads(line) for line in Path("first/metrics.jsonl").read_text().splitlines()]
+    both = [json.loads(line) for line in (two_stages.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines if "loss" in line] == [line["loss"] for line in both if "loss" in line and line["stage"] == "align"]
+
+
+def test_only_the_first_process_speaks(talks, monkeypatch, two_stages):
+    from vlmamba_lite import cli
+    monkeypatch.setenv("RANK", "1")
+    said = vlmamba("train", "--preset", "huge")
+    assert (said.code, said.out, said.err) == (2, "", "")
+    assert (vlmamba("train", "--preset", "tiny", "--data", "x", "--dry-run").out) == ""
+    monkeypatch.setattr(cli, "train_plan", lambda *_, **__: (True, {"cpu": 1, "wall": 1}))
+    arguments = ["--config", two_stages.folder / "run_config.json", "--output", "elsewhere"]
+    assert vlmamba("train", *arguments) == SimpleNamespace(code=0, out="", err="")
+    def broken(*_, **__):
+        raise ValueError("sample 7: torn")
+    monkeypatch.setattr(cli, "train_plan", broken)
+    is_a_mistake(vlmamba("train", *arguments), "sample 7: torn")           # data that it alone has read
+    def exploded(*_, **__):
+        raise FloatingPointError("step 3: loss: got nan, need a finite number")
+    monkeypatch.setattr(cli, "train_plan", exploded)
+    said = vlmamba("train", *arguments)
+    assert said.code == 1 and said.err == "vlmamba: step 3: loss: got nan, need a finite number\n"
+
+
+def test_what_to_type_after_ctrl_c(two_stages, monkeypatch):
+    from vlmamba_lite import cli
+    monkeypatch.setattr(cli, "train_plan", lambda *_, **__: (False, {"cpu": 1, "wall": 1}))
+    arguments = ["train", "--config", two_stages.folder / "run_config.json", "--output", "my [run]", "--device", "cpu", "--tracker", "tensorboard"]
+    said = vlmamba(*arguments)
+    line = next(line for line in said.out.splitlines() if "--resume" in line)
+    assert said.code == 130 and shlex.split(line) == ["vlmamba", "train", "--config", "my [run]/run_config.json", "--output", "my [run]", "--resume",
+                                                      "--device", "cpu", "--tracker", "tensorboard"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "the same command and --resume" in vlmamba(*arguments).out
+
+
+def test_the_module_is_a_program():
+    import vlmamba_lite
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    said = subprocess.run([sys.executable, "-m", "vlmamba_lite.cli", "--version"], capture_output=True, text=True, env=env)
+    assert (said.returncode, said.stdout, said.stderr) == (0, vlmamba_lite.__version__ + "\n", "")
 
 
 # ask
@@ -345,7 +555,8 @@ def test_help_and_version_do_not_wait_for_torch():
     modules = json.loads(said.out.splitlines()[-1])
     assert said.out.splitlines()[0] == vlmamba_lite.__version__ and not {"torch", "numpy"} & set(modules)
     for arguments, words in (([], ["train", "ask", "bench"]), (["ask"], ["--json", "--device", "QUESTION"]),
-                             (["train"], ["--preset", "--seed", "--steps", "--output", "--device", "--resume"]),
+                             (["train"], ["--preset", "--seed", "--steps", "--output", "--device", "--resume", "--set", "accelerate launch"]),
+                             (["chat"], ["--state", "--temperature", "/help"]), (["demo"], ["--host", "--share"]), (["ablate"], ["--minutes"]),
                              (["bench", "prefix"], ["--repeats", "--output"])):
         said = vlmamba(*arguments, "--help")
         assert said.code == 0 and all(word.lower() in said.out.lower() for word in words), said.out
@@ -482,11 +693,12 @@ def test_chat_draws_with_a_seed(speaker, picture, types):
 
 
 def test_a_conversation_that_is_kept_goes_on(speaker, picture, types, tmp_path):
-    whole = types(["one", "two", "three"], speaker.folder, picture, "--tokens", 7).out
-    begun = types(["one", "two", "/save kept [1].state"], speaker.folder, picture, "--tokens", 7)
-    gone_on = types(["three"], speaker.folder, "--state", "kept [1].state", "--tokens", 7)
+    options = ["--tokens", 7, "--template", "llava"]          # its first turn begins in another way than the rest
+    whole = types(["one", "two", "three"], speaker.folder, picture, *options).out
+    begun = types(["one", "two", "/save kept [1].state"], speaker.folder, picture, *options)
+    gone_on = types(["three"], speaker.folder, "--state", "kept [1].state", *options)
     assert begun.err == gone_on.err == "" and begun.out + gone_on.out == whole
-    long = types([*"abcdefgh", "/save long.state"], speaker.folder, picture, "--tokens", 7)
+    long = types([*"abcdefgh", "/save long.state"], speaker.folder, picture, *options)
     assert long.err == "" and Path("long.state").stat().st_size == Path("kept [1].state").stat().st_size
 
 
@@ -535,8 +747,15 @@ def interrupted(speaker, monkeypatch, when):
     def reading(*args, **kwargs):
         signal.raise_signal(signal.SIGINT)
         return hidden(*args, **kwargs)
-    monkeypatch.setattr(language, *(("hidden", reading) if when == "reading" else ("stream", stopped)))
-    return speaker.model.chat()
+    chat = speaker.model.chat()
+    def has_read(ids, read=chat.read):
+        read(ids)
+        signal.raise_signal(signal.SIGINT)
+    if when == "has read":
+        monkeypatch.setattr(chat, "read", has_read)
+    else:
+        monkeypatch.setattr(language, *(("hidden", reading) if when == "reading" else ("stream", stopped)))
+    return chat
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_conversation(speaker, monkeypatch, capsys):
@@ -550,10 +769,11 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(speaker, monkeypatch, c
     assert chat.turns == plain.turns and chat.say("two", 5) == plain.say("two", 5)        # as if the answer had ended there
 
 
-def test_ctrl_c_before_an_answer_takes_the_turn_back(speaker, monkeypatch, capsys):
+@pytest.mark.parametrize("when", ["reading", "has read"])
+def test_ctrl_c_before_an_answer_takes_the_turn_back(speaker, monkeypatch, capsys, when):
     from vlmamba_lite.cli import answer_aloud
     with monkeypatch.context() as patch:
-        chat = interrupted(speaker, patch, "reading")
+        chat = interrupted(speaker, patch, when)
         assert not answer_aloud(chat, "one", max_new_tokens=9)
     assert chat.turns == [] and chat.say("two", 5) == speaker.model.chat().say("two", 5)
 

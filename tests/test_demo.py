@@ -34,7 +34,7 @@ def test_the_map_is_the_one_of_chapter_07(talk, picture):
     torch.testing.assert_close(sight.heard.sum(0).view(8, 8), maps["heard by all"])
     torch.testing.assert_close(sight.heard[2 * 8 + 5].view(8, 8), maps["heard here"])
     assert sight.paint().size == sight.paint((2, 5)).size == (448, 448)
-    assert sight.paint((2, 5)).tobytes() != sight.paint((5, 2)).tobytes()
+    assert sight.paint((2, 5)).tobytes() == paint_sight(sight.picture, maps["heard here"], (2, 5)).tobytes() != sight.paint((5, 2)).tobytes()
 
 
 def test_a_click_finds_its_patch(talk, picture):
@@ -48,7 +48,7 @@ def test_bright_is_what_is_heard():
     painted = paint_sight(-torch.ones(3, 8, 16), values, (0, 1), side=80)         # a black picture, wide: a patch is 40 pixels
     assert painted.size == (160, 80) and painted.mode == "RGB"
     assert sum(painted.getpixel((140, 60))) > 400 > 30 > sum(painted.getpixel((20, 20)))
-    assert painted.getpixel((40, 0)) == painted.getpixel((80, 40)) == (255, 255, 255) != painted.getpixel((60, 20))       # the frame
+    assert painted.getpixel((40, 0)) == painted.getpixel((80, 40)) == (0, 191, 255) != painted.getpixel((60, 20))         # the frame
     assert paint_sight(torch.ones(3, 4, 4), torch.zeros(2, 2)).getpixel((9, 9))[0] < 255                  # no division by zero
 
 
