@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vlmamba_lite import mamba, vss
+from vlmamba_lite import mamba, scan, vss
 from vlmamba_lite.mamba import Mamba
 from vlmamba_lite.scan import selective_scan
 from vlmamba_lite.vss import (
@@ -278,6 +278,26 @@ def test_backend_is_passed_through(shared):
         module = VSS(8, shared=shared, **{name: "no such backend"})
         with pytest.raises(ValueError, match=f"^{name}: got 'no such backend'"):
             module(x, (2, 3))
+
+
+@pytest.mark.parametrize("make", [VSS, lambda *a, **k: VSS(*a, shared=False, **k), SS2D])
+def test_the_fused_kernel_named_where_it_cannot_run_says_so(make, monkeypatch):
+    monkeypatch.setitem(scan._BACKENDS, "triton", (None, lambda: "there is no such card"))
+    with pytest.raises(RuntimeError, match="^backend 'triton' cannot run here: there is no such card"):
+        make(8, backend="triton")(torch.randn(1, 6, 8), (2, 3))
+
+
+def test_the_order_is_kept_on_a_gpu(monkeypatch):
+    cpu = torch.device("cpu")
+    assert torch.equal(vss._order_on((2, 3), "csm", cpu), scan_order(2, 3, "csm"))
+    with monkeypatch.context() as m:
+        m.setattr(vss, "_kept_order", lambda *args: args)
+        assert vss._order_on((2, 3), "csm", torch.device("cuda")) == (2, 3, "csm", torch.device("cuda"))
+    vss._kept_order.cache_clear()
+    with torch.inference_mode():
+        kept = vss._kept_order(2, 3, "csm", cpu)
+    assert kept is vss._kept_order(2, 3, "csm", cpu) and not kept.is_inference()
+    assert torch.equal(kept, scan_order(2, 3, "csm"))
 
 
 @pytest.mark.parametrize("shared", [True, False])

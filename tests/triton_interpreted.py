@@ -7,8 +7,10 @@ import pytest
 import torch
 from scan_cases import DIFFERENTIABLE, assert_near, cast, draw, outputs_and_gradients, rms_error
 
+from vlmamba_lite import scan_triton
 from vlmamba_lite.scan_reference import selective_scan_reference
-from vlmamba_lite.scan_triton import INTERPRETED, _scan_backward_op, _scan_op, selective_scan_triton
+from vlmamba_lite.scan_triton import INTERPRETED, _PLACES, _scan_backward_op, _scan_op, selective_scan_triton
+from vlmamba_lite.vss import SS2D, VSS, _kept_order, scan_order
 
 assert INTERPRETED, "needs TRITON_INTERPRET=1 in the environment"
 
@@ -136,6 +138,8 @@ def test_offsets_beyond_32_bits():
     ones, half = torch.ones(1, 2, 4), -torch.full((2, 1), 2.0).log()
     y = selective_scan_triton(u, ones, half, torch.ones(2, 1), torch.ones(2, 1))
     assert y.float().tolist() == [[[1.0, 2.5, 5.25, 10.625], [8.0, 8.0, 6.0, 4.0]]]
+    y = selective_scan_triton(u, ones, half, torch.ones(2, 1), torch.ones(2, 1), order=torch.tensor([[3, 2, 1, 0]]))
+    assert y.float().tolist() == [[[4.0, 6.0, 8.0, 8.0], [10.625, 5.25, 2.5, 1.0]]]
 
 
 def test_the_same_every_time():
@@ -146,30 +150,35 @@ def test_the_same_every_time():
 
 def test_states_are_saved_for_a_gradient_only():
     args = cast(draw(1, 2, 40, 2, optional=()), torch.float32)
-    inputs = (*(args[k] for k in ("u", "delta", "A", "B", "C")), None, None, None, None, True)
-    assert _scan_op(*inputs, False, None)[2].numel() == 0
-    assert _scan_op(*inputs, True, None)[2].shape == (1, 1, 2, 4, 32)
+    inputs, run = (*(args[k] for k in ("u", "delta", "A", "B", "C")), None, None, None, None), _scan_op
+    assert run(*inputs, None, False, True, False, None)[2].numel() == 0
+    assert run(*inputs, None, False, True, True, None)[2].shape == (1, 1, 2, 4, 32)
     assert selective_scan_triton(**args).grad_fn is None
     args["B"].requires_grad_()
     saved = selective_scan_triton(**args).grad_fn.saved_tensors
     assert sum(x.numel() for x in saved if x is not None) == sum(args[k].numel() for k in ("u", "delta", "A", "B", "C")) + 2 * 4 * 32
 
 
-def test_the_operators_are_what_pytorch_expects():
-    args = cast(draw(1, 3, 2, 2), torch.float32)
+@pytest.mark.parametrize("order", [None, torch.tensor([[1, 0], [0, 1]])], ids=["sequence", "order"])
+def test_the_operators_are_what_pytorch_expects(order):
+    "Also for B and C whose last axis is not their fastest, as the layers make them, and for a u that two paths share."
+    args = cast(draw(1, 4, 2, 2), torch.float32)
+    args |= {name: args[name].mT.contiguous().mT for name in ("delta", "B", "C")}
+    args["u"] = args["u"] if order is None else args["u"][:, :2].mT.contiguous().mT
     inputs = [args[name].requires_grad_() for name in DIFFERENTIABLE]
-    torch.library.opcheck(_scan_op, (*inputs, True, True, None))
-    saved = _scan_op(*inputs, True, True, None)[2].detach()
-    backward = (torch.ones(1, 3, 2), torch.ones(1, 3, 2), *(x.detach() for x in inputs[:8]), saved, True, None)
+    torch.library.opcheck(_scan_op, (*inputs, order, False, True, True, None))
+    saved = _scan_op(*inputs, order, False, True, True, None)[2].detach()
+    backward = (torch.ones(1, 4, 2), torch.ones(1, 4, 2), *(x.detach() for x in inputs[:8]), saved, order, False, True, None)
     torch.library.opcheck(_scan_backward_op, backward, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_compiled():
+@pytest.mark.parametrize("order", [None, torch.tensor([[3, 0, 4, 1, 2]])], ids=["sequence", "order"])
+def test_compiled(order):
     args = cast(draw(1, 3, 5, 2), torch.float32)
     leaves = [args[name].requires_grad_() for name in DIFFERENTIABLE]
 
     def loss(u, delta, A, B, C, D, z, bias, h0):
-        y, last = selective_scan_triton(u * 2, delta, A, B, C, D, z, bias, True, h0, True)
+        y, last = selective_scan_triton(u * 2, delta, A, B, C, D, z, bias, True, h0, True, order=order)
         return y.square().sum() + last.sum()
 
     want = torch.autograd.grad(loss(*leaves), leaves)
@@ -198,6 +207,168 @@ def test_what_it_cannot_do():
     (g,) = torch.autograd.grad(selective_scan_triton(**args).pow(2).sum(), args["u"], create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         g.sum().backward()
+
+
+# --- pictures: several paths in one launch ------------------------------------------------------------------------------
+
+def along(x, order):
+    "Each of K parts of the second axis of x in the order of its path. x (B, K P, ..., L), or (B, P, ..., L) for all of them."
+    if x.shape[1] % len(order):
+        x = torch.cat([x] * len(order), 1)
+    return torch.cat([part[..., path] for part, path in zip(x.chunk(len(order), 1), order)], 1)
+
+
+def by_copies(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, initial_state=None,
+              return_last_state=False, order=None, along_paths=False):
+    "A scan of a picture in the plain way: copies in the order of each path, the scan of chapter 01, and all back to its place."
+    K = len(order)
+    if not along_paths:
+        u = along(torch.cat([u] * K, 1) if u.shape != delta.shape else u, order)
+        delta = along(delta, order)
+        B, C = (X if X.ndim == 2 else along(X.unsqueeze(1).expand(-1, K, -1, -1) if X.ndim == 3 else X, order) for X in (B, C))
+    z = None if z is None else along(z, order)
+    y, last = selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, True)
+    return along(y, order.argsort(1)), last
+
+
+def check_order(args, order, cut=None, given=None, **how):
+    want = outputs_and_gradients(by_copies, args, order=order, **how)
+    got = outputs_and_gradients(selective_scan_triton, given or args, torch.float32, cut=cut, order=order, **how)
+    assert_near(got[0], want[0], 2e-6)
+    assert_near(got[1], want[1], 1e-5)
+    return got
+
+
+def shuffled(K, L):
+    g = torch.Generator().manual_seed(K)
+    return torch.stack([torch.randperm(L, generator=g) for _ in range(K)])
+
+
+@pytest.mark.parametrize("kind, size, channels, groups, along_paths", [
+    ("bsm", (3, 3), 6, 2, False), ("csm", (2, 3), 8, 4, False), ("bsm", (3, 3), 6, 2, True), ("csm", (1, 3), 4, 4, True)])
+def test_paths_through_a_picture(kind, size, channels, groups, along_paths):
+    args = draw(1, channels, size[0] * size[1], 3, b_form=groups, c_form=groups)
+    check_order(args, scan_order(*size, kind), along_paths=along_paths)
+
+
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_any_permutation_and_a_u_that_all_paths_read(K):
+    args = draw(2, 2 * K, 6, 2, b_form=K, c_form=1)
+    args["u"] = args["u"][:, :2]
+    got = check_order(args, shuffled(K, 6).int())
+    assert got[0]["y"].shape == (2, 2 * K, 6) and got[1]["u"].shape == (2, 2, 6)
+
+
+@pytest.mark.parametrize("b_form, c_form", [(4, "constant"), ("step", 4), ("constant", "step")])
+def test_groups_and_constants_with_an_order(b_form, c_form):
+    check_order(draw(1, 8, 5, 2, b_form=b_form, c_form=c_form), shuffled(2, 5))
+
+
+@pytest.mark.parametrize("along_paths", [False, True])
+def test_paths_in_two_segments(along_paths):
+    check_order(draw(1, 2, 35, 2), scan_order(5, 7, "bsm")[1:], 2, along_paths=along_paths)
+
+
+@pytest.mark.parametrize("optional", [(), ("D",), ("z",)])
+def test_options_with_an_order(optional):
+    check_order(draw(1, 4, 4, 2, b_form=2, c_form=2, optional=optional, softplus=False), shuffled(2, 4))
+
+
+@pytest.mark.parametrize("lies", [time_major, dict], ids=["channels fastest", "time fastest"])
+def test_paths_in_both_memory_orders(lies):
+    "16 steps: with time fastest, what lies along the paths is loaded four steps at once."
+    args = draw(1, 4, 16, 2, b_form=2, c_form=2)
+    check_order(args, shuffled(2, 16), given=lies(args), along_paths=True)
+
+
+def test_an_order_in_bfloat16():
+    args = {k: v.bfloat16() if k in ("u", "delta", "z", "B") else v for k, v in cast(draw(1, 4, 6, 2, b_form=2), torch.float32).items()}
+    same = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in args.items()}
+    y = selective_scan_triton(**args, order=shuffled(2, 6))
+    assert y.dtype == torch.bfloat16 and rms_error(y, by_copies(**same, order=shuffled(2, 6))[0]) < 0.01
+
+
+def test_an_order_is_checked_once(monkeypatch):
+    args, order = cast(draw(1, 2, 3, 1, optional=()), torch.float32), torch.tensor([[2, 0, 1]])
+    first = selective_scan_triton(**args, order=order)
+    with monkeypatch.context() as m:
+        m.setattr(torch.Tensor, "sort", None)                           # a second check would fail
+        assert torch.equal(selective_scan_triton(**args, order=order), first)
+    order[0, 0] = 0
+    with pytest.raises(ValueError, match=r"^order: got rows that are no permutation of the numbers below 3"):
+        selective_scan_triton(**args, order=order)
+    remembered = len(_PLACES)
+    del order
+    assert len(_PLACES) == remembered - 1
+
+
+def test_orders_that_do_not_fit():
+    args = cast(draw(1, 4, 3, 1, b_form=4, optional=()), torch.float32)
+    for order, words in {
+            (3, 0): r"^order: got torch.float32, need \(K, L\) of int32 or int64",
+            (2, 4): r"^order: got \(2, 4\) on cpu, need \(K, 3\) on cpu with a K that divides the 4 channels of delta",
+            (3, 3): r"^order: got \(3, 3\) on cpu"}.items():
+        with pytest.raises(ValueError, match=words):
+            selective_scan_triton(**args, order=shuffled(*order) if order[1] else torch.ones(3, 3))
+    with pytest.raises(ValueError, match="^B: got 4 groups, need a number that divides 2, as u is shared by 2 paths"):
+        selective_scan_triton(**{**args, "u": args["u"][:, :2]}, order=shuffled(2, 3))
+    with pytest.raises(ValueError, match=r"^A: got \(4, 1\), need \(2, N\) for u of 2 channels"):
+        selective_scan_triton(**{**args, "u": args["u"][:, :2]}, order=shuffled(2, 3), along_paths=True)
+
+
+@pytest.mark.parametrize("make", [lambda: VSS(3, d_state=2, bias=True, expand=1), lambda: VSS(3, shared=False, d_state=2, bias=True, expand=1),
+                                  lambda: SS2D(3, d_state=2, scan="csm", expand=1)], ids=["shared", "own", "vmamba"])
+def test_modules_scan_a_picture_in_one_launch(make, monkeypatch):
+    "Values and every gradient of the modules of chapter 06, named backend triton, against their plain form in float64."
+    torch.manual_seed(0)
+    module, x = make(), torch.randn(1, 6, 3)
+    launches = []
+    monkeypatch.setattr(scan_triton, "selective_scan_triton", lambda *a, **k: launches.append(k["order"].shape) or selective_scan_triton(*a, **k))
+
+    def outputs(module, x, backend):
+        for part in (module, *getattr(module, "mixers", ())):
+            part.backend = backend
+        x = x.detach().requires_grad_()
+        y = module(x, (2, 3))
+        weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+        names, leaves = ["x", *dict(module.named_parameters())], [x, *module.parameters()]
+        return {"y": y, **dict(zip(names, torch.autograd.grad((y * weights).sum(), leaves)))}
+
+    got = outputs(module, x, "triton")
+    assert launches == [(len(module.x_proj_weight) if isinstance(module, SS2D) else 2, 6)]
+    assert_near(got, outputs(module.double(), x.double(), "reference"), 1e-5)
+
+
+def test_a_kept_order_is_a_constant_to_the_compiler():
+    "The same tensor in every call, so that it is checked once; and made in inference it serves training."
+    device, args = torch.device("cpu"), cast(draw(1, 2, 6, 1, optional=()), torch.float32)
+
+    def loss(u):
+        return selective_scan_triton(**{**args, "u": u}, order=_kept_order(2, 3, "bsm", device)).square().sum()
+
+    _kept_order.cache_clear()
+    with torch.inference_mode():
+        loss(args["u"])
+    assert _kept_order(2, 3, "bsm", device) is _kept_order(2, 3, "bsm", device)
+    u, remembered = args["u"].requires_grad_(), len(_PLACES)
+    want = torch.autograd.grad(loss(u), u)[0]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert rms_error(torch.autograd.grad(compiled(u), u)[0], want) < 1e-6 and len(_PLACES) == remembered
+
+
+def test_bench_picture_compares_two_ways(monkeypatch):
+    "With a stopwatch that only runs what it is given. The two ways agree where delta, B and C belong to the same places."
+    monkeypatch.setattr(scan_triton, "_milliseconds", lambda run: [run() is None] * 3)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    line = scan_triton.bench_picture((1, 2, 1, 1, 2), torch.float32, "cpu")
+    assert line["one_launch"].keys() == line["copies"].keys() == {"forward", "forward_saving", "backward", "both", "peak_bytes"}
+    args, order = cast(draw(1, 8, 4, 2, b_form=4, c_form=4, optional=()), torch.float32), scan_triton.picture_paths(2, 2)
+    u, delta, A, B, C, softplus = args.values()
+    one = scan_triton.scan_by_order(u[:, :2], delta, A, B, C, None, None, None, softplus, order=order)
+    delta, B, C = (along(x, order) for x in (delta, B, C))
+    assert rms_error(scan_triton.scan_by_copies(u[:, :2], delta, A, B, C, None, None, None, softplus, order=order), one) < 1e-6
+    assert torch.equal(order, scan_order(2, 2, "csm"))
 
 
 def test_behind_the_one_door():

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'SCANS', 'scan_order', 'plot_scan_order', 'cross_scan', 'unscan', 'cross_merge', 'vss_directions',
-           'vss_definition', 'DirectionWeights', 'direction_weights', 'scan_inputs', 'direction_scan', 'check_tokens',
-           'VSS', 'SS2D', 'VMambaBlock', 'receptive_field', 'plot_patch_maps', 'hidden_attention', 'vss_step_sizes',
-           'vss_attention', 'plot_listening']
+           'vss_definition', 'DirectionWeights', 'direction_weights', 'scan_inputs', 'direction_scan', 'ordered_scan',
+           'check_tokens', 'VSS', 'SS2D', 'VMambaBlock', 'receptive_field', 'plot_patch_maps', 'hidden_attention',
+           'vss_step_sizes', 'vss_attention', 'plot_listening']
 
 # %% ../nbs/06_vss.ipynb #7daf5887
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mamba import Mamba, causal_conv1d
-from .scan import selective_scan
+from .scan import _automatic, _find, selective_scan
 from .scan_reference import prepare_scan, scan_dtype
 
 # %% ../nbs/06_vss.ipynb #9571d799
@@ -87,13 +88,16 @@ def _check_order(name, shape, order):
 
 # %% ../nbs/06_vss.ipynb #fd4a28b6
 def cross_scan(x, order):
-    "The tokens of a picture in every scan order. x (B, L, C), order (K, L) -> (B, K, L, C)."
+    "The tokens of a picture in every scan order. x (B, L, C), order (K, L) -> (B, K, L, C). Raises `ValueError` for another L."
     _check_order("x", x.shape[1:2], order)
     return x.index_select(1, order.to(x.device).flatten()).unflatten(1, order.shape)
 
 # %% ../nbs/06_vss.ipynb #f79b00de
 def unscan(y, order):
-    "Puts every scan's tokens back to their places in the picture. y (B, K, L, C), order (K, L) -> (B, K, L, C)."
+    """Puts every scan's tokens back to their places in the picture. y (B, K, L, C), order (K, L) -> (B, K, L, C).
+
+    Raises a `ValueError` if y has another number of scans or of tokens than the order.
+    """
     _check_order("y", y.shape[1:3], order)
     K, L = order.shape
     back = order.to(y.device).argsort(1) + L * torch.arange(K, device=y.device)[:, None]
@@ -101,7 +105,7 @@ def unscan(y, order):
 
 # %% ../nbs/06_vss.ipynb #9b1368b4
 def cross_merge(y, order):
-    "Puts every scan's tokens back to their places and sums over the scans. y (B, K, L, C), order (K, L) -> (B, L, C)."
+    "`unscan`, summed over the scans, as the pluses in Figure 3 of VL-Mamba. y (B, K, L, C), order (K, L) -> (B, L, C)."
     return unscan(y, order).sum(1)
 
 # %% ../nbs/06_vss.ipynb #beed77cc
@@ -114,17 +118,21 @@ def vss_directions(mixers, x, order):
 
 
 def vss_definition(mixers, x, order):
-    "Vision selective scan by definition: scan, mixer, un-scan, sum. x (B, L, C), order (K, L) -> (B, L, C)."
+    "Vision selective scan by definition (VL-Mamba, section 3.2): scan, mixer, un-scan, sum. x (B, L, C), order (K, L) -> (B, L, C)."
     return vss_directions(mixers, x, order).sum(1)
 
 # %% ../nbs/06_vss.ipynb #2e4b9fc6
+def _project_sum(mixer, y, K):
+    "The output projection of K outputs y that are summed already, (B, L, d_inner) -> (B, L, C)."
+    y = F.linear(y, mixer.out_proj.weight)
+    return y if mixer.out_proj.bias is None else y + K * mixer.out_proj.bias
+
+
 def _shared_form(mixer, x, order):
     "`vss_definition` with one Mamba layer: projections and gate run once, the scan once on B * K rows."
     u, z = mixer.in_proj(x).chunk(2, -1)                                 # (B, L, d_inner) each
     y, _ = mixer.ssm(cross_scan(u, order).flatten(0, 1), return_state=False)  # (B * K, L, d_inner)
-    y = cross_merge(y.unflatten(0, (len(x), len(order))), order) * F.silu(z)
-    y = F.linear(y, mixer.out_proj.weight)
-    return y if mixer.out_proj.bias is None else y + len(order) * mixer.out_proj.bias
+    return _project_sum(mixer, cross_merge(y.unflatten(0, (len(x), len(order))), order) * F.silu(z), len(order))
 
 # %% ../nbs/06_vss.ipynb #04574ff9
 class DirectionWeights(NamedTuple):
@@ -137,7 +145,7 @@ class DirectionWeights(NamedTuple):
 
 # %% ../nbs/06_vss.ipynb #c8401673
 def direction_weights(mixers):
-    "Stacks what the scans of some Mamba layers need. -> DirectionWeights"
+    "Stacks what the scans of K Mamba layers of the same sizes need. -> DirectionWeights of K directions"
     each = [(m.x_proj.weight, m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D) for m in mixers]
     return DirectionWeights(*(torch.stack(weights) for weights in zip(*each)))
 
@@ -146,22 +154,25 @@ def _merged(p, K):
     "A parameter (K or 1, D, ...) -> (K * D, ...), in the dtype that scans compute in."
     return p.to(scan_dtype(p.dtype)).expand(K, *p.shape[1:]).flatten(0, 1)
 
-
+# %% ../nbs/06_vss.ipynb #a81e3cc6
 def scan_inputs(u, weights):
-    "Arguments for `selective_scan` that run K scans as one. u (B, L, K, D), DirectionWeights -> dict, channels K * D."
-    K, N = u.shape[2], weights.A_log.shape[-1]
+    """Arguments for `selective_scan` that run K scans as one. u (B, L, K, D), DirectionWeights -> dict, channels K * D.
+
+    u may be (B, L, 1, D), one picture for K directions; then the u of the result has D channels.
+    """
+    K, N = max(u.shape[2], len(weights.A_log)), weights.A_log.shape[-1]
     x_proj, dt_proj = (w.expand(K, -1, -1) for w in weights[:2])
-    code = torch.einsum("blkd,kcd->bklc", u, x_proj)
+    code = torch.einsum("blkd,kcd->bklc", u.expand(-1, -1, K, -1), x_proj)
     step, B, C = code.split([dt_proj.shape[-1], N, N], -1)               # (B, K, L, .)
     delta = torch.einsum("bklr,kdr->blkd", step, dt_proj)
     bias, A_log, D = (_merged(p, K) for p in weights[2:])
-    u, delta = (t.flatten(2).mT for t in (u, delta))                     # (B, K * D, L)
+    u, delta = (t.flatten(2).mT for t in (u, delta))                     # (B, K * D, L) each
     return {"u": u, "delta": delta, "A": -torch.exp(A_log), "B": B.mT, "C": C.mT, "D": D, "delta_bias": bias,
             "delta_softplus": True}
 
-# %% ../nbs/06_vss.ipynb #a81e3cc6
+# %% ../nbs/06_vss.ipynb #ea34b894
 def direction_scan(u, weights, backend="auto"):
-    "The selective scans of K directions in one call. u (B, L, K, D) -> (B, L, K, D)."
+    "The selective scans of K directions in one call. u (B, L, K, D), `DirectionWeights` -> (B, L, K, D). Raises as `selective_scan`."
     return selective_scan(**scan_inputs(u, weights), backend=backend).mT.unflatten(2, u.shape[2:])
 
 # %% ../nbs/06_vss.ipynb #f5b134f6
@@ -170,7 +181,7 @@ def _joined(layers, name, dim=0):
     parts = [getattr(layer, name) for layer in layers]
     return None if parts[0] is None else torch.cat(parts, dim)
 
-
+# %% ../nbs/06_vss.ipynb #0d44744f
 def _sequences(mixers, x, order):
     "What the scans of K Mamba layers read, and their gates in the picture's order. x (B, L, C) -> (B, L, K, D) each."
     K, ins, convs = len(mixers), [m.in_proj for m in mixers], [m.conv1d for m in mixers]
@@ -182,15 +193,65 @@ def _sequences(mixers, x, order):
     u, _ = causal_conv1d(u, weight, bias, backend=mixers[0].conv_backend)            # (B, L, K * D)
     return F.silu(u).unflatten(2, (K, -1)), z
 
-# %% ../nbs/06_vss.ipynb #0d44744f
+# %% ../nbs/06_vss.ipynb #11135123
+def _project_all(mixers, y):
+    "The output projections of K outputs y (B, L, K, D), summed. -> (B, L, C)"
+    outs = [m.out_proj for m in mixers]
+    bias = None if outs[0].bias is None else sum(out.bias for out in outs)
+    return F.linear(y.flatten(2), _joined(outs, "weight", dim=1), bias)
+
+
 def _own_form(mixers, x, order):
     "`vss_definition` with a Mamba layer for each scan: one projection, convolution and grouped scan for all."
     u, z = _sequences(mixers, x, order)                                  # (B, L, K, D) each
     y = direction_scan(u, direction_weights(mixers), mixers[0].backend)
-    y = unscan(y.transpose(1, 2), order).transpose(1, 2) * F.silu(z)
-    outs = [m.out_proj for m in mixers]
-    bias = None if outs[0].bias is None else sum(out.bias for out in outs)
-    return F.linear(y.flatten(2), _joined(outs, "weight", dim=1), bias)
+    return _project_all(mixers, unscan(y.transpose(1, 2), order).transpose(1, 2) * F.silu(z))
+
+# %% ../nbs/06_vss.ipynb #0397380b
+def _takes_order(backend, x, A):
+    "Whether this backend is the fused kernel, which scans along an order by itself. Raises where it is named and cannot run."
+    name = _automatic(x, A) if backend == "auto" else backend
+    return name == "triton" and _find(name) is not None
+
+
+def ordered_scan(u, weights, order, along_paths=False):
+    """The selective scans of K directions in one launch of the fused kernel, each answer at its place in the picture.
+
+    u (B, L, K, D), or (B, L, 1, D) for all directions; `DirectionWeights`; order (K, L) -> (B, L, K, D). All in the order of
+    the picture, or with `along_paths` u in the order of each path. Raises as `selective_scan_triton`.
+    """
+    from vlmamba_lite.scan_triton import selective_scan_triton           # here, as Triton need not be installed
+    y = selective_scan_triton(**scan_inputs(u, weights), order=order, along_paths=along_paths)
+    return y.mT.unflatten(2, (len(order), -1))
+
+# %% ../nbs/06_vss.ipynb #6c2c6295
+def _own_launch(mixers, x, order):
+    "`_own_form` on the fused kernel."
+    u, z = _sequences(mixers, x, order)                                  # (B, L, K, D) each
+    return _project_all(mixers, ordered_scan(u, direction_weights(mixers), order, True) * F.silu(z))
+
+
+def _shared_launch(mixers, x, order):
+    "`_shared_form` on the fused kernel."
+    (mixer,), K = mixers, len(order)
+    u, z = mixer.in_proj(x).chunk(2, -1)                                 # (B, L, D) each
+    u = u.index_select(1, order.mT.flatten()).view(*x.shape[:2], -1)     # (B, L, K * D), each along its own path
+    weight, bias = mixer.conv1d.weight.repeat(K, 1, 1), mixer.conv1d.bias
+    u, _ = causal_conv1d(u, weight, bias if bias is None else bias.repeat(K), backend=mixer.conv_backend)
+    y = ordered_scan(F.silu(u).unflatten(2, (K, -1)), direction_weights(mixers), order, True)
+    return _project_sum(mixer, y.sum(2) * F.silu(z), K)
+
+# %% ../nbs/06_vss.ipynb #4e12c077
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=64)
+def _kept_order(height, width, kind, device):
+    with torch.inference_mode(False):                                    # a tensor made for inference cannot serve training later
+        return scan_order(height, width, kind, device)
+
+
+def _order_on(size, kind, device):
+    "`scan_order`; on a GPU the same tensor every time."
+    return _kept_order(*size, kind, device) if device.type == "cuda" else scan_order(*size, kind, device)
 
 # %% ../nbs/06_vss.ipynb #adf1d405
 def check_tokens(x, size, dim, name="x"):
@@ -217,15 +278,16 @@ def _vss(mixers, x, order):
     "The fastest form that these mixers have."
     if not isinstance(mixers[0], Mamba):
         return vss_definition(mixers, x, order)
-    if len(mixers) == 1:
-        return _shared_form(mixers[0], x, order)
-    return _own_form(mixers, x, order)
+    shared = len(mixers) == 1
+    if _takes_order(mixers[0].backend, x, mixers[0].A_log):
+        return _shared_launch(mixers, x, order) if shared else _own_launch(mixers, x, order)
+    return _shared_form(mixers[0], x, order) if shared else _own_form(mixers, x, order)
 
 
 def _order_of(vss, x, size):
     "The order of a module's scans over x, and what to divide their sum by. Raises a `ValueError` if size does not fit x."
     check_tokens(x, size, vss.dim)
-    order = scan_order(*size, vss.scan, x.device)
+    order = _order_on(size, vss.scan, x.device)
     return order, len(order) if vss.merge == "mean" else 1
 
 # %% ../nbs/06_vss.ipynb #efeb6283
@@ -233,7 +295,7 @@ class VSS(nn.Module):
     """Vision Selective Scan (VL-Mamba, section 3.2): a 2-D scan, one Mamba layer over each sequence, merged.
 
     `scan`: a name of `SCANS`. `mixer`: "mamba", or what makes a module (B, L, C) -> (B, L, C) of (dim, **mixer_args).
-    Open in the paper: `shared`, one layer for all directions or one each; `merge`, "sum" or "mean" over them.
+    Open in the paper: `shared`, one layer for all directions or one each; `merge`, "sum" or "mean". Raises `ValueError`.
     """
     def __init__(self, dim, scan="bsm", mixer="mamba", shared=True, merge="sum", **mixer_args):
         super().__init__()
@@ -293,7 +355,10 @@ def _ss2d_parameters(dim, directions, **mamba_args):
 
 # %% ../nbs/06_vss.ipynb #2c7742f6
 class SS2D(nn.Module):
-    "VMamba's 2-D selective scan (arXiv 2401.10166, section 4.2), vanilla form, parameter names as in its code."
+    """VMamba's 2-D selective scan (arXiv 2401.10166, section 4.2), vanilla form, parameter names as in its code.
+
+    `scan`: a name of `SCANS`; `backend`: of `selective_scan`; the sizes are those of a `Mamba` layer.
+    """
     def __init__(self, dim, d_state=16, d_conv=3, expand=2, dt_rank="auto", scan="csm", backend="auto"):
         super().__init__()
         self.dim, self.scan, self.backend, d_inner = dim, scan, backend, int(expand * dim)
@@ -311,25 +376,32 @@ class SS2D(nn.Module):
         return _ss2d(self, x, size)
 
 # %% ../nbs/06_vss.ipynb #43f55f95
+def _picture_scan(u, weights, order, backend):
+    "The scans of K directions over one picture u (B, L, D), merged. -> (B, L, D)"
+    if _takes_order(backend, u, weights.A_log[0]):
+        return ordered_scan(u.contiguous()[:, :, None], weights, order).sum(2)
+    y = direction_scan(cross_scan(u, order).transpose(1, 2), weights, backend)
+    return cross_merge(y.transpose(1, 2), order)
+
+# %% ../nbs/06_vss.ipynb #63c2284c
 def _ss2d(m, x, size):
     "in_proj -> 3 x 3 convolution, SiLU -> cross scan, K selective scans, cross merge -> LayerNorm -> gate -> out_proj"
     u, z = m.in_proj(x).chunk(2, -1)                                     # (B, L, d_inner) each
     u = F.silu(m.conv2d(u.mT.unflatten(2, size))).flatten(2).mT
-    K, order = len(m.x_proj_weight), scan_order(*size, m.scan, x.device)
+    K, order = len(m.x_proj_weight), _order_on(size, m.scan, x.device)
     A_log, D = m.A_logs.unflatten(0, (K, -1)), m.Ds.unflatten(0, (K, -1))
     weights = DirectionWeights(m.x_proj_weight, m.dt_projs_weight, m.dt_projs_bias, A_log, D)
-    y = direction_scan(cross_scan(u, order).transpose(1, 2), weights, m.backend)
-    y = cross_merge(y.transpose(1, 2), order)
-    return m.out_proj(m.out_norm(y) * F.silu(z))
+    return m.out_proj(m.out_norm(_picture_scan(u, weights, order, m.backend)) * F.silu(z))
 
-# %% ../nbs/06_vss.ipynb #63c2284c
+# %% ../nbs/06_vss.ipynb #246719cd
 class VMambaBlock(nn.Module):
-    "VMamba's vanilla block: x + SS2D(LayerNorm(x))."
+    "VMamba's vanilla block (arXiv 2401.10166, section 4.2): x + SS2D(LayerNorm(x)), with the arguments of `SS2D`."
     def __init__(self, dim, **ss2d_args):
         super().__init__()
         self.norm, self.op = nn.LayerNorm(dim), SS2D(dim, **ss2d_args)
 
     def forward(self, x, size):
+        "x (B, height * width, dim), size (height, width) -> (B, height * width, dim)"
         return x + self.op(self.norm(x), size)
 
 # %% ../nbs/06_vss.ipynb #8037d702
