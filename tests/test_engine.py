@@ -502,17 +502,17 @@ def test_where_there_is_nothing(tmp_path):
 def test_weights_and_states_that_do_not_fit(make_model, small):
     model = make_model()
     tensors = gather(dict(model.named_parameters()) | dict(model.named_buffers()))
-    put_weights(make_model(seed=5), tensors)
+    put_weights(make_model(seed=5), tensors.items())
     with pytest.raises(ValueError, match="^weights: got none for vision.position$"):
-        put_weights(model, {name: t for name, t in tensors.items() if name != "vision.position"})
+        put_weights(model, [(name, t) for name, t in tensors.items() if name != "vision.position"])
     with pytest.raises(ValueError, match="^weights: got more of shape"):
-        put_weights(model, {**tensors, "more": torch.zeros(1)})
+        put_weights(model, [("more", torch.zeros(1))])
     with pytest.raises(ValueError, match="^weights: got vision.position of shape"):
-        put_weights(model, {**tensors, "vision.position": torch.zeros(1)})
+        put_weights(model, [("vision.position", torch.zeros(1))])
     freeze(model, ("connector",))
     optimizers = training.build_optimizers(model, INSTRUCT)
     with pytest.raises(ValueError, match="^optimizer: got a state for vision.position, need one of the parameters that train$"):
-        put_optimizer(model, optimizers, {"vision.position/step": torch.tensor(1.)})
+        put_optimizer(model, optimizers, [("vision.position/step", torch.tensor(1.))])
     assert gather({"a": torch.ones(1)}, keep=False) == {}
 
 

@@ -13,13 +13,14 @@ __all__ = ['PARTS', 'OPTIMIZERS', 'PRECISIONS', 'RECIPES', 'TRAINING_PRESETS', '
            'exchange', 'shard_model', 'gather', 'whole_model', 'check_packing', 'main_process', 'process_device',
            'choose_parallel', 'file_sha256', 'write_folder', 'verify_checkpoint', 'readable', 'checkpoints',
            'has_checkpoint', 'latest_checkpoint', 'read_state', 'goodness', 'best_checkpoint', 'drop_checkpoints',
-           'share_of', 'optimizer_tensors', 'put_optimizer', 'put_weights', 'read_tensors', 'save_checkpoint',
-           'restore_weights', 'restore_optimizers', 'check_seed', 'load_checkpoint', 'differences', 'write_run_config',
-           'StopRequest', 'MetricsLog', 'read_metrics', 'Stopwatch', 'StepReport', 'used_memory', 'Speed', 'Run',
-           'prepare_run', 'wrap_learner', 'begin_stage', 'end_stage', 'step_batches', 'keeping', 'report_step',
-           'check_steps', 'usable_model', 'deciding_score', 'validate', 'save_run', 'stopping', 'train_stage',
-           'finish_step', 'check_resume', 'resume_run', 'check_run', 'open_run', 'closing', 'train_stages', 'train',
-           'fit', 'validation_loss', 'plot_curves', 'provenance', 'write_result', 'prefix_reuse_cost']
+           'share_of', 'optimizer_tensors', 'put_optimizer', 'put_weights', 'stored_tensors', 'read_tensors',
+           'save_checkpoint', 'restore_weights', 'restore_optimizers', 'check_seed', 'load_checkpoint', 'differences',
+           'write_run_config', 'StopRequest', 'MetricsLog', 'read_metrics', 'Stopwatch', 'StepReport', 'used_memory',
+           'Speed', 'Run', 'prepare_run', 'wrap_learner', 'begin_stage', 'end_stage', 'step_batches', 'keeping',
+           'report_step', 'check_steps', 'usable_model', 'deciding_score', 'validate', 'save_run', 'stopping',
+           'train_stage', 'finish_step', 'check_resume', 'resume_run', 'check_run', 'open_run', 'closing',
+           'train_stages', 'train', 'fit', 'validation_loss', 'plot_curves', 'provenance', 'write_result',
+           'prefix_reuse_cost']
 
 # %% ../nbs/16_training.ipynb #709b74de
 import hashlib
@@ -40,6 +41,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -783,23 +785,24 @@ def optimizer_tensors(model, optimizers):
 
 # %% ../nbs/16_training.ipynb #82547c5e
 def put_optimizer(model, optimizers, tensors):
-    "Gives optimizers a state as `optimizer_tensors` has it. Raises a `ValueError` for tensors of parameters they do not update."
-    names, states = {p: name for name, p in model.named_parameters()}, {}
-    for key, tensor in tensors.items():
-        states.setdefault(key.rpartition("/")[0], {})[key.rpartition("/")[2]] = tensor
+    "Gives optimizers a state from pairs named as in `optimizer_tensors`. Raises a `ValueError` for tensors of parameters they do not update."
+    trained, states = {p for o in optimizers for group in o.param_groups for p in group["params"]}, {}
+    params = dict(model.named_parameters())
+    for name, tensor in tensors:                               # one at a time: only the share of this process stays
+        name, _, key = name.rpartition("/")
+        if params.get(name) not in trained:
+            raise ValueError(f"optimizer: got a state for {name}, need one of the parameters that train")
+        states.setdefault(params[name], {})[key] = share_of(tensor, params[name])
     for optimizer in optimizers:
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        own = {i: states.pop(names[p]) for i, p in enumerate(params) if names[p] in states}
-        own = {i: {key: share_of(t, params[i]) for key, t in state.items()} for i, state in own.items()}
-        optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
-    if states:
-        raise ValueError(f"optimizer: got a state for {sorted(states)[0]}, need one of the parameters that train")
+        own = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {i: states[p] for i, p in enumerate(own) if p in states}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 # %% ../nbs/16_training.ipynb #fc31c230
 def put_weights(model, tensors):
-    "Fills a whole model with tensors by name. Raises a `ValueError` for a name or shape it does not have, and for one that is missing."
+    "Fills a whole model with pairs (name, tensor). Raises a `ValueError` for a name or shape it does not have, and for one that is missing."
     targets, filled = model.state_dict(keep_vars=True), set()
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         if name not in targets or targets[name].shape != tensor.shape:
             raise ValueError(f"weights: got {name} of shape {tuple(tensor.shape)}, need one of this model's")
         targets[name].data.copy_(tensor)
@@ -808,13 +811,17 @@ def put_weights(model, tensors):
         raise ValueError(f"weights: got none for {missing[0]}")
 
 # %% ../nbs/16_training.ipynb #9adae792
-def read_tensors(folder, stem):
-    "{name: tensor} of the safetensors files of a folder whose names begin with `stem`."
-    tensors = {}
+def stored_tensors(folder, stem):
+    "Pairs (name, tensor), one after another, of the safetensors files of a folder whose names begin with `stem`."
     for path in sorted(Path(folder).glob(f"{stem}*.safetensors")):
         with safe_open(path, "pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}
-    return tensors
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+
+
+def read_tensors(folder, stem):
+    "{name: tensor} of `stored_tensors`."
+    return dict(stored_tensors(folder, stem))
 
 # %% ../nbs/16_training.ipynb #0b494a6b
 def save_checkpoint(folder, model, optimizers, step, seed, seconds, whole=None, raw=None, **state):
@@ -842,19 +849,21 @@ def _fill_checkpoint(model, files, state, part):
 def restore_weights(path, model):
     "Puts the weights of a checkpoint into a whole model. Raises a `ValueError` where they are not this model's."
     with readable(path):
-        put_weights(model, read_tensors(path, "model") | read_tensors(path, "raw"))
+        put_weights(model, chain(stored_tensors(path, "model"), stored_tensors(path, "raw")))
 
-
+# %% ../nbs/16_training.ipynb #b07e0c81
 @torch.no_grad()
 def restore_optimizers(path, model, optimizers, ema=None):
     "Puts the state of a checkpoint into the optimizers of its stage, and its mean of the weights. Raises a `ValueError` where they do not fit."
     with readable(path):
-        put_optimizer(model, optimizers, read_tensors(path, "optimizer"))
+        put_optimizer(model, optimizers, stored_tensors(path, "optimizer"))
         if ema is not None:
-            saved, own = read_tensors(path, "model"), dict(model.named_parameters())
-            names = {p: name for name, p in model.named_parameters(remove_duplicate=False) if name in saved}      # of a tied weight, the one that was saved
-            for name, t in ema.mean.items():
-                t.copy_(share_of(saved[names[own[name]]], t))
+            first, every = ({name: p for name, p in model.named_parameters(remove_duplicate=one)} for one in (True, False))
+            names = {p: name for name, p in first.items()}     # of a tied weight, either name may have been saved
+            for name, tensor in stored_tensors(path, "model"):
+                if name in every and names[every[name]] in ema.mean:
+                    mean = ema.mean[names[every[name]]]
+                    mean.copy_(share_of(tensor, mean))
 
 # %% ../nbs/16_training.ipynb #fa6ae0e1
 def check_seed(state, seed):
