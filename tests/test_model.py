@@ -965,9 +965,11 @@ class Hub:
         self.calls.append(("create", repo_id, private, exist_ok))
         return SimpleNamespace(repo_id=f"me/{repo_id}")                                # the account's name is added there
 
-    def upload_folder(self, repo_id, folder_path, commit_message):
+    def upload_folder(self, repo_id, folder_path, commit_message, delete_patterns=()):
         self.calls.append(("upload", repo_id, commit_message))
-        shutil.copytree(folder_path, self.folder / repo_id)
+        for path in [p for pattern in delete_patterns for p in (self.folder / repo_id).glob(pattern)]:
+            path.unlink()
+        shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True)
         return f"https://hub/{repo_id}/commit/1"
 
     def download(self, model, name, revision=None, local_files_only=False):
@@ -1004,6 +1006,15 @@ def test_shards_from_the_hub(make_model, hub):
     assert same_model(load_connector(make_model(seed=3), "me/large").connector, model.connector)
     asked = [call[2] for call in hub.calls if call[0] == "download"]
     assert "model.safetensors.index.json" in asked and "model.safetensors" not in asked
+
+
+def test_no_shard_of_an_earlier_upload_is_left(make_model, hub):
+    make_model().save_pretrained(hub.folder / "me" / "tiny", shard_size=10_000)
+    (hub.folder / "me" / "tiny" / "notes.txt").write_text("mine")
+    model = make_model(seed=4)
+    model.push_to_hub("tiny")
+    assert sorted(p.name for p in (hub.folder / "me" / "tiny").iterdir()) == ["README.md", *FILES[:2], "notes.txt", FILES[2]]
+    assert same_model(VLMamba.from_pretrained("me/tiny"), model)
 
 
 def test_what_is_not_on_the_hub(hub, monkeypatch):

@@ -630,10 +630,10 @@ def probe_front(model, trains):
 # %% ../nbs/15_vlmamba.ipynb #d2999f1d
 def probe_layer(model, trains, length):
     "What one layer of the language model keeps of rows of `length` tokens: (bytes a token, fixed bytes). Run it `without_data`."
-    short, layer, d_model = min(length, 256), model.language.backbone.layers[0], model.config.language.d_model
+    layer, d_model = model.language.backbone.layers[0], model.config.language.d_model
     grad = bool({"vision", "connector"} & set(trains))
-    row, fixed = row_and_fixed(lambda rows: layer(torch.empty(rows, short, d_model, requires_grad=grad)), model)
-    return row / short, fixed
+    row, fixed = row_and_fixed(lambda rows: layer(torch.empty(rows, length, d_model, requires_grad=grad)), model)
+    return row / length, fixed
 
 # %% ../nbs/15_vlmamba.ipynb #6bf732e6
 def probe_model(config, trains):
@@ -648,18 +648,18 @@ def probe_model(config, trains):
 
 
 @cache
-def _probed(text, trains, length, precision):
-    "What encoder and connector keep (a row, fixed), what one layer keeps (a token, fixed), in bytes; the number of visual tokens."
+def _probed(probe, text, trains, precision, *more):
+    "What `probe_front` or `probe_layer` says of the configuration in `text`, remembered."
     model = probe_model(VLMambaConfig(**json.loads(text)), trains)
     with without_data(precision):
-        front, tokens = probe_front(model.to_empty(device="cpu"), trains)
-        return front, probe_layer(model, trains, tokens + length), tokens
+        return probe(model.to_empty(device="cpu"), trains, *more)
 
 # %% ../nbs/15_vlmamba.ipynb #463e5a18
 def activation_bytes(config, trains, batch_size, length, precision, checkpointing):
     "What the backward pass needs: {'copies', 'activations', 'logits'} in bytes. Arguments as `memory_estimate`."
     c, text = config.language, json.dumps(asdict(config), sort_keys=True)
-    front, layer, tokens = _probed(text, tuple(sorted(trains)), length, precision)
+    front, tokens = _probed(probe_front, text, tuple(sorted(set(trains) - {"language"})), precision)
+    layer = _probed(probe_layer, text, tuple(sorted(trains)), precision, min(tokens + length, 256))
     kept = c.n_layer * layer[0] * (tokens + length)
     if checkpointing:                                    # the stream in front of each layer, and one layer that is run again
         kept = c.n_layer * 4 * c.d_model * (tokens + length) + layer[0] * (tokens + length)
@@ -861,7 +861,8 @@ class HubMixin:
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, card=repo)
-            return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message))
+            old = ["model*.safetensors", WEIGHTS[0]]             # shards of another number would be taken for the model
+            return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, delete_patterns=old))
 
 # %% ../nbs/15_vlmamba.ipynb #9c26b481
 def stored_tensors(model):
