@@ -639,6 +639,11 @@ def test_ablate_says_what_it_would_cost(grid):
     assert vlmamba("ablate", "--dry-run").out == "5 runs [left]\n"
     assert grid.given == dict(rows=None, tasks=None, seeds=5, output=Path("data/results/ablations"), minutes=None, dry_run=True, threads=1, device="auto")
     is_a_mistake(vlmamba("ablate", "--row", "nope"), "^vlmamba: rows: got 'nope', need ")
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    grid.run_grid = interrupted
+    said = vlmamba("ablate")
+    assert said.code == 130 and "The same command goes on" in said.out and said.err == ""
 
 
 # chat
@@ -774,8 +779,8 @@ def test_ctrl_c_before_an_answer_takes_the_turn_back(speaker, monkeypatch, capsy
     from vlmamba_lite.cli import answer_aloud
     with monkeypatch.context() as patch:
         chat = interrupted(speaker, patch, when)
-        assert not answer_aloud(chat, "one", max_new_tokens=9)
-    assert chat.turns == [] and chat.say("two", 5) == speaker.model.chat().say("two", 5)
+        assert not answer_aloud(chat, "something entirely different, long and winding", max_new_tokens=9)
+    assert chat.turns == [] and chat.say("two", 8) == speaker.model.chat().say("two", 8)
 
 
 def test_ctrl_c_where_a_question_is_typed(monkeypatch, capsys):
