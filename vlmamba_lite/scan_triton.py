@@ -186,8 +186,11 @@ def _places(order, t, ORDERED: tl.constexpr):
 
 @triton.jit
 def _path(order, g, K, groups, L):
-    "The row of `order` (K, L in whole fours) that group g follows; None if there is no order."
-    return order if order is None else order + g * K // groups * ((L + 3) // 4 * 4)
+    "The row of `order` (K, L in whole fours) that group g follows; something that nobody reads if there is no order."
+    if order is None:
+        return g
+    else:
+        return order + g * K // groups * ((L + 3) // 4 * 4)
 
 # %% ../nbs/03_scan_triton.ipynb #801081cc
 @triton.jit
