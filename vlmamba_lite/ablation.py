@@ -29,19 +29,20 @@ from PIL import Image
 from torch import nn
 
 from .benchmark import comparison_table, timed_turn
-from .data import (CLEVR_COLORS, EOS, NON_RELATIONAL, PAD, RELATIONAL, VQASet, build_set, build_tokenizer, draw_questions, draw_scene,
-    encode_turn, load_easy_vqa, normalize, pad_rows, process_images, question_table, random_scene, scene_answer, scene_questions)
+from .data import (CLEVR_COLORS, EOS, NON_RELATIONAL, PAD, RELATIONAL, VQASet, build_set, build_tokenizer,
+    draw_questions, draw_scene, encode_turn, load_easy_vqa, normalize, pad_rows, process_images, question_table, random_scene,
+    scene_answer, scene_questions)
 from .evaluation import accuracy_by_type, answer_pictures, decode_answer
 from .language_model import naming
 from .model import VLMamba, count_parameters, lite_config, override
-from vlmamba_lite.training import (TrainingConfig, batch_pictures, build_optimizers, differences, learning_rate, make_batch, question_weights, train_step,
-    write_result)
+from .training import (TrainingConfig, batch_pictures, build_optimizers, differences, learning_rate, make_batch,
+    question_weights, train_step, write_result)
 from .vss import VSS
 
 # %% ../nbs/19_ablations.ipynb #9ae15740
 @cache
 def t_quantile(df, level=0.95):
-    "The t for which Student's distribution of `df` (at least 1) degrees of freedom lies in [-t, t] with probability `level` (chapter 19). ValueError otherwise."
+    "The t for which Student's distribution of `df` degrees of freedom lies in [-t, t] with probability `level`. ValueError for df below 1."
     if df < 1 or not 0 < level < 1:
         raise ValueError(f"df, level: got {df} and {level}, need at least 1, and in (0, 1)")
     angle = np.linspace(0, math.pi / 2, 200_001)                         # t = sqrt(df) tan(angle), density ~ cos(angle)^(df - 1)
@@ -177,7 +178,7 @@ def answer_after_pictures(model, data, pictures, max_new_tokens=3):
     keep = (table >= 0).reshape(-1)
     return rows[keep], [decode_answer(model.tokenizer, n) for n, k in zip(new.tolist(), keep) if k]
 
-
+# %% ../nbs/19_ablations.ipynb #5f37df9e
 def answers_of(model, data, batch_size=50):
     "The answer of a model of any row to every question of a `VQASet`, in its order, as text."
     some = answer_after_pictures if isinstance(model, QuestionFirst) else answer_pictures
@@ -224,9 +225,10 @@ def load_easy(validation, test):
     return tokenizer, {split: build_set(data, tokenizer, captions=split == "train") for split, data in rows.items()}
 
 
-_EASY = TrainingConfig(steps=600, batch_size=16, phases=((0.0, (3, 6, 0.02, 0.02, 100)), (0.5, (1, 1, 1, 3, 100))), evaluations=1)
+_EASY = TrainingConfig(steps=500, phases=((0.0, (3, 6, 0.02, 0.02, 100)), (0.4, (1, 1, 1, 3, 100))), evaluations=1)
+_SHORT = replace(_EASY, steps=120, batch_size=8, phases=((0.0, (3, 6, 0.02, 0.02, 100)), (0.5, (1, 1, 1, 3, 100))))
 TASKS["easy-vqa"] = Task(_EASY, load_easy, make_batch, accuracy_by_type, (100, 1000))
-TASKS["easy-vqa-short"] = Task(replace(_EASY, steps=120, batch_size=8), load_easy, make_batch, accuracy_by_type, (50, 300), default=False)
+TASKS["easy-vqa-short"] = Task(_SHORT, load_easy, make_batch, accuracy_by_type, (50, 300), default=False)
 
 # %% ../nbs/19_ablations.ipynb #0fade864
 CLEVR_QUESTIONS = {text.format(color): kind for kind, text in (NON_RELATIONAL | RELATIONAL).items() for color in CLEVR_COLORS}
@@ -298,7 +300,9 @@ def clevr_batch(data, config, seed, step):
 
 # %% ../nbs/19_ablations.ipynb #b11e858c
 def grid_positions(side, dim, size=0.5):
-    "Sines and cosines of row and column of a grid side x side, at wavelengths from 4 sides down to 4 patches: (side * side, dim), at most `size`. ValueError where 4 does not divide dim."
+    """Sines and cosines of row and column of a grid side x side, at wavelengths from 4 sides down to 4 patches, at most `size`.
+
+    -> (side * side, dim); ValueError where 4 does not divide dim."""
     if dim % 4:
         raise ValueError(f"dim: got {dim}, need a multiple of 4")
     speed = math.pi * 2 ** torch.linspace(-1, math.log2(side / 2), dim // 4)
@@ -328,7 +332,8 @@ def load_clevr(train, validation, test):
 
 _CLEVR = TrainingConfig(steps=1000, batch_size=16, questions=4, phases=CLEVR_PHASES, evaluations=1)
 TASKS |= {"sort-of-clevr": Task(_CLEVR, load_clevr, clevr_batch, clevr_score, (10_000, 100, 300), True),
-          "sort-of-clevr-long": Task(replace(_CLEVR, steps=2500, lr=2e-3, evaluations=10), load_clevr, clevr_batch, clevr_score, (10_000, 100, 500), True, False)}
+          "sort-of-clevr-long": Task(replace(_CLEVR, steps=2500, lr=2e-3, evaluations=10), load_clevr, clevr_batch, clevr_score,
+                                     (10_000, 100, 500), True, False)}
 
 # %% ../nbs/19_ablations.ipynb #2cf51a5b
 def row_settings(task, row):
@@ -348,7 +353,7 @@ def examine(model, task, data):
 def _clocks():
     return np.array([time.process_time(), time.perf_counter()])
 
-
+# %% ../nbs/19_ablations.ipynb #7d18cb19
 def train_row(model, task, data, seed):
     "Trains a model for the budget of a `Task` -> its curve, [{step, loss, validation}], and (CPU, wall) seconds of training."
     config, device, optimizers = task.config, model.device, build_optimizers(model, task.config)
@@ -365,7 +370,7 @@ def train_row(model, task, data, seed):
             losses = []
     return curve, [round(s, 1) for s in spent.tolist()]
 
-# %% ../nbs/19_ablations.ipynb #7d18cb19
+# %% ../nbs/19_ablations.ipynb #54e36dfc
 def start_row(task, row, seed=0, device="cpu"):
     "The untrained model of a run, and the sets of its task. ValueError for an unknown task or row."
     check_names("tasks", [task], TASKS)
@@ -380,9 +385,10 @@ def run_row(task, row, seed=0, device="cpu"):
     curve, (cpu, wall) = train_row(model, TASKS[task], data, seed)
     began = time.process_time()
     test = examine(model, TASKS[task], data["test"])
-    return dict(task=task, row=row, seed=seed, steps=TASKS[task].config.steps, test_accuracy=test["all"], test=test, validation=curve[-1]["validation"],
-                curve=curve, parameters=count_parameters(model), train_cpu_seconds=cpu, train_wall_seconds=wall,
-                exam_cpu_seconds=round(time.process_time() - began, 1), test_questions=len(data["test"].answers), settings=row_settings(task, row))
+    seconds = dict(train_cpu_seconds=cpu, train_wall_seconds=wall, exam_cpu_seconds=round(time.process_time() - began, 1))
+    return dict(task=task, row=row, seed=seed, steps=TASKS[task].config.steps, test_accuracy=test["all"], test=test,
+                validation=curve[-1]["validation"], curve=curve, parameters=count_parameters(model), **seconds,
+                test_questions=len(data["test"].answers), settings=row_settings(task, row))
 
 # %% ../nbs/19_ablations.ipynb #0191815d
 def kept_result(path, settings):
@@ -396,7 +402,7 @@ def kept_result(path, settings):
         raise ValueError(f"{path}: {name}: got {got}, need {need}; this file was made with other settings, move it away to run it again")
     return result
 
-
+# %% ../nbs/19_ablations.ipynb #1b89797c
 def grid_plan(rows=None, tasks=None, seeds=5, output=Path("data/results/ablations")):
     "The runs of a grid: [{task, row, seed, path, done, result}]. ValueError for unknown names, seeds below 1, and files of other settings."
     rows = list(rows or (name for name, row in ROWS.items() if row.star))
@@ -426,22 +432,28 @@ def at_work(threads, device):
         torch.set_num_threads(before)
 
 # %% ../nbs/19_ablations.ipynb #d49f690c
-def run_grid(rows=None, tasks=None, seeds=5, output=Path("data/results/ablations"), minutes=None, dry_run=False, threads=1, device="auto", on_row=None):
-    """Trains what is not on disk yet of some rows, tasks and seeds -> the results there are; with `dry_run` the priced plan, for `cost_table`.
+def _finish(run, device, on_row):
+    "Runs one run of a plan, writes its file, announces it, and returns what the file holds."
+    write_result(run["path"], **run_row(run["task"], run["row"], run["seed"], device))
+    result = json.loads(run["path"].read_text(encoding="utf-8"))
+    if on_row is not None:
+        on_row(result)
+    return result
 
-    rows, tasks: names in `ROWS` and `TASKS`, by default the `star` and the `default` ones. minutes: no new run begins after them. on_row: a
-    function of each new result. Raises ValueError for unknown names, and for files of other settings.
-    """
+# %% ../nbs/19_ablations.ipynb #74ab3cc9
+def run_grid(rows=None, tasks=None, seeds=5, output=Path("data/results/ablations"), minutes=None, dry_run=False, threads=1,
+             device="auto", on_row=None):
+    """Trains what is not on disk yet of some rows, tasks and seeds -> the results there are; `dry_run`: the plan, for `cost_table`.
+
+    rows, tasks: names in `ROWS` and `TASKS`, by default the `star` and the `default` ones. minutes: no new run begins after
+    them. on_row: a function of each new result. Raises ValueError for unknown names, and for files of other settings."""
     plan, began = grid_plan(rows, tasks, seeds, output), time.monotonic()
     with at_work(threads, device) as place:
         if dry_run:
             return priced(plan, place)
         for run in plan:
             if not run["done"] and (minutes is None or time.monotonic() - began < 60 * minutes):
-                write_result(run["path"], **run_row(run["task"], run["row"], run["seed"], place))
-                run["result"] = json.loads(run["path"].read_text(encoding="utf-8"))
-                if on_row is not None:
-                    on_row(run["result"])
+                run["result"] = _finish(run, place, on_row)
     return [run["result"] for run in plan if run["result"] is not None]
 
 # %% ../nbs/19_ablations.ipynb #3bc15aa8
@@ -500,7 +512,7 @@ def shown(value, signed=False):
     number = f"{value[0]:+.1f}" if signed else f"{value[0]:.1f}"
     return number if math.isinf(value[1]) else f"{number} ± {value[1]:.1f}"
 
-
+# %% ../nbs/19_ablations.ipynb #4d3cbcb4
 def ablation_table(results, task, rows, measures=("all",), base="mlp"):
     "A Markdown table: rows of a task with seeds, CPU minutes, each measure in percent, and the paired difference from the row `base`."
     runs = {row: [r for r in results if (r["task"], r["row"]) == (task, row)] for row in rows}
@@ -509,7 +521,8 @@ def ablation_table(results, task, rows, measures=("all",), base="mlp"):
     for measure in measures:
         found = {row: scores(results, task, row, measure) for row in (*rows, base)}
         columns[f"{measure}, %"] = lambda row, found=found: shown(interval(list(found[row].values())))
-        columns[f"{measure}, minus {ROWS[base].label}"] = lambda row, found=found: "–" if row == base else shown(paired(found[row], found[base]), True)
+        columns[f"{measure}, minus {ROWS[base].label}"] = lambda row, found=found: (
+            "–" if row == base else shown(paired(found[row], found[base]), True))
     return comparison_table([row for row in rows if runs[row]], columns)
 
 # %% ../nbs/19_ablations.ipynb #a980bc2d
@@ -593,7 +606,8 @@ def plot_curve(result, kinds, ax=None):
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 2.4))[1]
     for kind in kinds:
-        ax.plot([point["step"] for point in result["curve"]], [100 * point["validation"][kind] for point in result["curve"]], "o-", ms=3, lw=1, label=kind)
+        points = [(point["step"], 100 * point["validation"][kind]) for point in result["curve"]]
+        ax.plot(*zip(*points), "o-", ms=3, lw=1, label=kind)
     ax.set(xlabel="step", ylabel="validation accuracy, %")
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
