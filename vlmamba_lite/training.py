@@ -820,7 +820,7 @@ def stored_tensors(folder, stem):
 
 
 def read_tensors(folder, stem):
-    "{name: tensor} of `stored_tensors`."
+    "The pairs of `stored_tensors` as a dict {name: tensor}."
     return dict(stored_tensors(folder, stem))
 
 # %% ../nbs/16_training.ipynb #0b494a6b
