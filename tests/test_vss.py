@@ -293,7 +293,7 @@ def test_the_order_is_kept_on_a_gpu(monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(vss, "_kept_order", lambda *args: args)
         assert vss._order_on((2, 3), "csm", torch.device("cuda")) == (2, 3, "csm", torch.device("cuda"))
-    vss._kept_order.cache_clear()
+    vss._order_once.cache_clear()
     with torch.inference_mode():
         kept = vss._kept_order(2, 3, "csm", cpu)
     assert kept is vss._kept_order(2, 3, "csm", cpu) and not kept.is_inference()

@@ -10,7 +10,7 @@ from scan_cases import DIFFERENTIABLE, assert_near, cast, draw, outputs_and_grad
 from vlmamba_lite import scan_triton
 from vlmamba_lite.scan_reference import selective_scan_reference
 from vlmamba_lite.scan_triton import INTERPRETED, _PLACES, _scan_backward_op, _scan_op, selective_scan_triton
-from vlmamba_lite.vss import SS2D, VSS, _kept_order, scan_order
+from vlmamba_lite.vss import SS2D, VSS, _kept_order, _order_once, scan_order
 
 assert INTERPRETED, "needs TRITON_INTERPRET=1 in the environment"
 
@@ -245,7 +245,7 @@ def shuffled(K, L):
 
 
 @pytest.mark.parametrize("kind, size, channels, groups, along_paths", [
-    ("bsm", (3, 3), 6, 2, False), ("csm", (2, 3), 8, 4, False), ("bsm", (3, 3), 6, 2, True)])
+    ("bsm", (3, 3), 6, 2, False), ("csm", (1, 3), 8, 4, False), ("bsm", (1, 5), 6, 2, True)])
 def test_paths_through_a_picture(kind, size, channels, groups, along_paths):
     args = draw(1, channels, size[0] * size[1], 3, b_form=groups, c_form=groups)
     check_order(args, scan_order(*size, kind), along_paths=along_paths)
@@ -253,24 +253,24 @@ def test_paths_through_a_picture(kind, size, channels, groups, along_paths):
 
 @pytest.mark.parametrize("K", [1, 3])
 def test_any_permutation_and_a_u_that_all_paths_read(K):
-    args = draw(1, 2 * K, 6, 2, b_form=K, c_form=1)
+    args = draw(1, 2 * K, 4, 2, b_form=K, c_form=1)
     args["u"] = args["u"][:, :2]
-    got = check_order(args, shuffled(K, 6).int())
-    assert got[0]["y"].shape == (1, 2 * K, 6) and got[1]["u"].shape == (1, 2, 6)
+    got = check_order(args, shuffled(K, 4).int())
+    assert got[0]["y"].shape == (1, 2 * K, 4) and got[1]["u"].shape == (1, 2, 4)
 
 
 @pytest.mark.parametrize("b_form, c_form", [(4, "constant"), ("constant", "step")])
 def test_groups_and_constants_with_an_order(b_form, c_form):
-    check_order(draw(1, 8, 5, 2, b_form=b_form, c_form=c_form), shuffled(2, 5))
+    check_order(draw(1, 8, 3, 2, b_form=b_form, c_form=c_form), shuffled(2, 3))
 
 
 def test_paths_in_two_segments():
     check_order(draw(1, 2, 33, 2), scan_order(3, 11, "bsm")[1:], 2, along_paths=True)
 
 
-@pytest.mark.parametrize("optional", [(), ("D",), ("z",)])
+@pytest.mark.parametrize("optional", [(), ("z",)])
 def test_options_with_an_order(optional):
-    check_order(draw(1, 4, 4, 2, b_form=2, c_form=2, optional=optional, softplus=False), shuffled(2, 4))
+    check_order(draw(1, 4, 3, 2, b_form=2, c_form=2, optional=optional, softplus=False), shuffled(2, 3))
 
 
 @pytest.mark.parametrize("lies", [time_major, dict], ids=["channels fastest", "time fastest"])
@@ -320,7 +320,7 @@ def test_orders_that_do_not_fit():
 def test_modules_scan_a_picture_in_one_launch(make, monkeypatch):
     "Values and every gradient of the modules of chapter 06, named backend triton, against their plain form in float64."
     torch.manual_seed(0)
-    module, x = make(), torch.randn(1, 6, 3)
+    module, x = make(), torch.randn(1, 4, 3)
     launches = []
     monkeypatch.setattr(scan_triton, "selective_scan_triton", lambda *a, **k: launches.append(k["order"].shape) or selective_scan_triton(*a, **k))
 
@@ -328,31 +328,33 @@ def test_modules_scan_a_picture_in_one_launch(make, monkeypatch):
         for part in (module, *getattr(module, "mixers", ())):
             part.backend = backend
         x = x.detach().requires_grad_()
-        y = module(x, (2, 3))
+        y = module(x, (2, 2))
         weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
         names, leaves = ["x", *dict(module.named_parameters())], [x, *module.parameters()]
         return {"y": y, **dict(zip(names, torch.autograd.grad((y * weights).sum(), leaves)))}
 
     got = outputs(module, x, "triton")
-    assert launches == [(len(module.x_proj_weight) if isinstance(module, SS2D) else 2, 6)]
+    assert launches == [(len(module.x_proj_weight) if isinstance(module, SS2D) else 2, 4)]
     assert_near(got, outputs(module.double(), x.double(), "reference"), 1e-5)
 
 
-def test_a_kept_order_is_a_constant_to_the_compiler():
+def test_a_kept_order_is_a_constant_to_the_compiler(monkeypatch):
     "The same tensor in every call, so that it is checked once; and made in inference it serves training."
     device, args = torch.device("cpu"), cast(draw(1, 2, 6, 1, optional=()), torch.float32)
 
     def loss(u):
         return selective_scan_triton(**{**args, "u": u}, order=_kept_order(2, 3, "bsm", device)).square().sum()
 
-    _kept_order.cache_clear()
+    _order_once.cache_clear()
     with torch.inference_mode():
         loss(args["u"])
     assert _kept_order(2, 3, "bsm", device) is _kept_order(2, 3, "bsm", device)
-    u, remembered = args["u"].requires_grad_(), len(_PLACES)
+    u = args["u"].requires_grad_()
     want = torch.autograd.grad(loss(u), u)[0]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    assert rms_error(torch.autograd.grad(compiled(u), u)[0], want) < 1e-6 and len(_PLACES) == remembered
+    assert rms_error(torch.autograd.grad(compiled(u), u)[0], want) < 1e-6
+    monkeypatch.setattr(scan_triton, "_make_places", None)              # another check would fail
+    assert rms_error(torch.autograd.grad(compiled(u), u)[0], want) < 1e-6
 
 
 def test_bench_picture_compares_two_ways(monkeypatch):

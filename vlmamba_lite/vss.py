@@ -242,11 +242,15 @@ def _shared_launch(mixers, x, order):
     return _project_sum(mixer, y.sum(2) * F.silu(z), K)
 
 # %% ../nbs/06_vss.ipynb #4e12c077
-@torch.compiler.assume_constant_result
 @lru_cache(maxsize=64)
-def _kept_order(height, width, kind, device):
+def _order_once(height, width, kind, device):
     with torch.inference_mode(False):                                    # a tensor made for inference cannot serve training later
         return scan_order(height, width, kind, device)
+
+
+@torch.compiler.assume_constant_result
+def _kept_order(height, width, kind, device):
+    return _order_once(height, width, kind, device)
 
 
 def _order_on(size, kind, device):
