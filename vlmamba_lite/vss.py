@@ -375,7 +375,7 @@ class SS2D(nn.Module):
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
 
     def forward(self, x, size):
-        "x (B, height * width, dim), size (height, width) -> (B, height * width, dim)"
+        "x (B, height * width, dim), size (height, width) -> (B, height * width, dim). Raises `ValueError` as `check_tokens`."
         check_tokens(x, size, self.dim)
         return _ss2d(self, x, size)
 
@@ -424,7 +424,7 @@ def receptive_field(f, x, size, at, probes=8, seed=0):
 
     f(x, size) -> (B, L, C), or (B, K, L, C) for a map of each direction (`VSS.directions`); x (B, height * width, C').
     -> (height, width) or (K, height, width): Frobenius norms of Jacobian blocks, root mean square over the batch,
-    estimated with `probes` random sign vectors.
+    estimated with `probes` random sign vectors. Raises `ValueError` where `at` is not on the grid.
     """
     if not (0 <= at[0] < size[0] and 0 <= at[1] < size[1]):
         raise ValueError(f"at: got {tuple(at)}, need a (row, column) of the grid {size[0]} x {size[1]}")
