@@ -197,6 +197,7 @@ def test_lists_say_what_the_questions_say(first):
         scene = D.random_scene(np.random.default_rng((seed, first)))
         said, turns = {}, A.scene_lists(scene, first)
         assert [q.split()[0] for q, _ in turns] == ["describe"] * 2 + ["list"] * 3
+        assert turns[4][0] == "list " + D.RELATIONAL["count"].format(list(D.CLEVR_COLORS)[first])        # numbers have no ties
         for question, text in turns:
             kinds = list(D.NON_RELATIONAL) if question == "describe" else [A.CLEVR_QUESTIONS[question.removeprefix("list ")]]
             begin = [] if question == "describe" else [re.search(colors, question)[0]]

@@ -18,20 +18,16 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
-from statistics import mean
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
 from .benchmark import comparison_table, timed_turn
-from .data import (CLEVR_COLORS, EOS, NON_RELATIONAL, PAD, RELATIONAL, VQASet, build_set, build_tokenizer,
-    draw_questions, draw_scene, encode_turn, load_easy_vqa, normalize, pad_rows, process_images, question_table, random_scene,
-    scene_answer, scene_questions)
+from .data import (CLEVR_COLORS, EOS, NON_RELATIONAL, PAD, RELATIONAL, VQASet, build_set, build_tokenizer, draw_questions,
+    draw_scene, encode_turn, load_easy_vqa, normalize, pad_rows, process_images, question_table, random_scene, scene_answer, scene_questions)
 from .evaluation import accuracy_by_type, answer_pictures, decode_answer
 from .language_model import naming
 from .model import VLMamba, count_parameters, lite_config, override
@@ -147,7 +143,7 @@ def tail(x, start, fill):
     "Rows (n, T) from their own `start` (n,) on, as (n, longest), `fill`ed up on the right."
     width = x.shape[1] - int(start.min())
     place = start[:, None] + torch.arange(width, device=x.device)
-    return F.pad(x, (0, width), value=fill).gather(1, place)
+    return nn.functional.pad(x, (0, width), value=fill).gather(1, place)
 
 # %% ../nbs/19_ablations.ipynb #0684db04
 class QuestionFirst(VLMamba):
@@ -366,7 +362,7 @@ def train_row(model, task, data, seed):
         losses.append(train_step(model, optimizers, batch, learning_rate(step / config.steps, config), config.clip))
         spent += _clocks() - began
         if step + 1 in checks:
-            curve.append(dict(step=step + 1, loss=mean(losses), validation=examine(model, task, data["validation"])))
+            curve.append(dict(step=step + 1, loss=float(np.mean(losses)), validation=examine(model, task, data["validation"])))
             losses = []
     return curve, [round(s, 1) for s in spent.tolist()]
 
@@ -412,7 +408,7 @@ def grid_plan(rows=None, tasks=None, seeds=5, output=Path("data/results/ablation
     if seeds < 1:
         raise ValueError(f"seeds: got {seeds}, need at least 1")
     plan = [dict(task=task, row=row, seed=seed, path=Path(output) / f"{task}.{row}.seed{seed}.json")
-            for task, row, seed in product(tasks, rows, range(seeds))]
+            for task in tasks for row in rows for seed in range(seeds)]
     kept = [kept_result(run["path"], row_settings(run["task"], run["row"])) for run in plan]
     return [dict(run, done=result is not None, result=result) for run, result in zip(plan, kept)]
 
@@ -476,7 +472,7 @@ def priced(plan, device="cpu"):
         if run["done"]:
             known.setdefault((run["task"], run["row"]), []).append(run["result"]["train_cpu_seconds"] + run["result"]["exam_cpu_seconds"])
     timed = {key: timed_price(*key, device) for key in dict.fromkeys((run["task"], run["row"]) for run in plan) if key not in known}
-    prices = {key: (mean(spent), "recorded") for key, spent in known.items()} | {key: (price, "timed") for key, price in timed.items()}
+    prices = {key: (float(np.mean(spent)), "recorded") for key, spent in known.items()} | {key: (price, "timed") for key, price in timed.items()}
     return [dict(run, cpu_seconds=prices[run["task"], run["row"]][0], source=prices[run["task"], run["row"]][1]) for run in plan]
 
 # %% ../nbs/19_ablations.ipynb #1f80fd83
@@ -517,7 +513,7 @@ def ablation_table(results, task, rows, measures=("all",), base="mlp"):
     "A Markdown table: rows of a task with seeds, CPU minutes, each measure in percent, and the paired difference from the row `base`."
     runs = {row: [r for r in results if (r["task"], r["row"]) == (task, row)] for row in rows}
     columns = {"row": lambda row: ROWS[row].label, "parameters": lambda row: f"{runs[row][0]['parameters']['total']:,}",
-               "seeds": lambda row: len(runs[row]), "CPU min": lambda row: f"{mean(r['train_cpu_seconds'] for r in runs[row]) / 60:.1f}"}
+               "seeds": lambda row: len(runs[row]), "CPU min": lambda row: f"{np.mean([r['train_cpu_seconds'] for r in runs[row]]) / 60:.1f}"}
     for measure in measures:
         found = {row: scores(results, task, row, measure) for row in (*rows, base)}
         columns[f"{measure}, %"] = lambda row, found=found: shown(interval(list(found[row].values())))
