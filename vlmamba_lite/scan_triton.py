@@ -32,7 +32,7 @@ H200 = dict(processors=132, clock=1.98e9, exps=16, floats=128, issue=4, bytes=4.
 
 
 def floors(B, D, L, N, itemsize=2, gate=False, card=H200):
-    """The least seconds a forward scan of this size takes: for its exponentials, its arithmetic, its memory traffic.
+    """The least seconds a forward scan of u (B, D, L) with N states takes: for its exponentials, its arithmetic, its memory traffic.
 
     `gate` counts D, z, bias and softplus too: four more exponentials or reciprocals and one more tensor.
     """
@@ -913,7 +913,7 @@ def scan_by_order(u, *args, order):
 
 
 def scan_by_copies(u, *args, order):
-    "The same with copies: u copied along each path, one scan of K P channels, every path copied back; delta, B, C along the paths."
+    "The same with copies: u (B, P, L) copied along each path of `order` (K, L), one scan of K P channels, every path copied back; delta, B, C along the paths."
     K, L = order.shape
     x = u.mT.index_select(1, order.mT.flatten()).view(len(u), L, -1).mT              # (B, K P, L)
     y = selective_scan_triton(x, *args).mT.unflatten(2, (K, -1)).flatten(1, 2)       # (B, L K, P)
