@@ -316,7 +316,7 @@ def place_eyes(model):
     return model
 
 # %% ../nbs/19_ablations.ipynb #477a2ca8
-CLEVR_PHASES = ((0.0, (1, 0, 0, 100, 0)), (0.3, (1, 1, 1, 0.2, 100)))        # weights of CLEVR_TYPES and the two sorts of lists
+CLEVR_PHASES = ((0.0, (1, 0, 0, 100, 0)), (0.3, (1, 1, 1, 100, 100)))        # weights of CLEVR_TYPES and the two sorts of lists
 
 
 @cache
@@ -326,7 +326,7 @@ def load_clevr(train, validation, test):
     return clevr_tokenizer(), sets
 
 
-_CLEVR = TrainingConfig(steps=1000, batch_size=16, questions=4, phases=CLEVR_PHASES, evaluations=1)
+_CLEVR = TrainingConfig(steps=1000, batch_size=16, questions=6, phases=CLEVR_PHASES, evaluations=1)
 TASKS |= {"sort-of-clevr": Task(_CLEVR, load_clevr, clevr_batch, clevr_score, (10_000, 100, 300), True),
           "sort-of-clevr-long": Task(replace(_CLEVR, steps=2500, lr=2e-3, evaluations=10), load_clevr, clevr_batch, clevr_score,
                                      (10_000, 100, 500), True, False)}
