@@ -1,7 +1,6 @@
 """From published formats to an answer: parts saved by transformers and a LLaVA json -> both stages -> eval -> ask, by the command line alone."""
 import json
 import random
-from functools import partial
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from typer.testing import CliRunner
 from vlmamba_lite.checkpoints import from_pretrained as load_language
 from vlmamba_lite.cli import app
 from vlmamba_lite.data import byte_tokenizer
-from vlmamba_lite.evaluation import evaluate_benchmark, read_benchmark
 from vlmamba_lite.model import VLMamba
 from vlmamba_lite.vision import load_encoder
 
@@ -152,11 +150,11 @@ def test_the_curve_and_the_files(trained):
 
 def test_eval(trained, brought):
     _, folder, _ = trained
-    model = VLMamba.from_pretrained(folder)
-    result = evaluate_benchmark(partial(model.ask_all, max_new_tokens=3), "pope", read_benchmark("pope", brought / "pope"), folder / "pope")
-    assert result["questions"] == 6 and 0 <= result["scores"]["accuracy"] <= 1
-    lines = [json.loads(line) for line in (folder / "pope" / "predictions.jsonl").read_text().splitlines()]
-    picture = Image.open(brought / "pope" / "val2014" / "0.png").convert("RGB")
+    said = vlmamba("eval", folder, "--benchmark", "pope", "--data", brought / "pope", "--tokens", 3)
+    result = json.loads((folder / "eval" / "pope" / "result.json").read_text())
+    assert result["questions"] == 6 and "pope, 6 questions" in said and 0 <= result["scores"]["accuracy"] <= 1
+    lines = [json.loads(line) for line in (folder / "eval" / "pope" / "predictions.jsonl").read_text().splitlines()]
+    model, picture = VLMamba.from_pretrained(folder), Image.open(brought / "pope" / "val2014" / "0.png").convert("RGB")
     assert [line["prediction"] for line in lines] == [model.ask(picture, line["question"], 3) for line in lines]
 
 

@@ -1007,13 +1007,14 @@ def train(ctx: typer.Context, preset: Preset = None, vision: Vision = None, conn
 # %% ../nbs/20_command_line.ipynb #9e8b0818
 def run_eval(model, benchmark, data, output, batch_size, limit, tokens, suffix, device, resume):
     "Asks a saved model a benchmark, with a progress bar; returns (folder, result)."
-    from vlmamba_lite.evaluation import Answers, decode_answer, decode_plain, evaluate_benchmark, read_benchmark
+    from vlmamba_lite.evaluation import answers_of, decode_answer, decode_plain, evaluate_benchmark, read_benchmark
     from vlmamba_lite.model import VLMamba
     folder = Path(output) if output is not None else Path(model) / "eval" / benchmark
     samples, device = read_benchmark(benchmark, data)[:limit], pick_device(device)
     easy = benchmark == "easy_vqa"                                        # there an answer must end, as in `vlmamba train`
-    answers = Answers(VLMamba.from_pretrained(model, device), 3 if easy else tokens, decode_answer if easy else decode_plain)
-    settings = dict(model=str(model), data=data and str(data), max_new_tokens=answers.max_new_tokens, limit=limit)
+    most = 3 if easy else tokens
+    answers = answers_of(VLMamba.from_pretrained(model, device), most, decode_answer if easy else decode_plain)
+    settings = dict(model=str(model), data=data and str(data), max_new_tokens=most, limit=limit)
     with Progress(TextColumn(benchmark), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
                   console=console) as bar:
         task = bar.add_task(benchmark, total=len(samples))

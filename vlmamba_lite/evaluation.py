@@ -15,7 +15,7 @@ __all__ = ['PUBLISHED', 'PUNCTUATION', 'NUMBERS', 'APOSTROPHES', 'CONTRACTIONS',
            'choice', 'read_scienceqa', 'one_of', 'read_pope', 'mme_picture', 'read_mme', 'table_picture',
            'read_mmbench', 'read_seed', 'read_vsr', 'read_mm_vet', 'read_easy_vqa', 'Rated', 'rate_each',
            'rate_pictures', 'pope_files', 'rate_pope', 'rate_mme', 'rate_mmbench', 'Judge', 'Benchmark',
-           'pick_benchmark', 'read_benchmark', 'ask_text', 'score', 'decode_plain', 'distinct', 'Answers',
+           'pick_benchmark', 'read_benchmark', 'ask_text', 'score', 'decode_plain', 'distinct', 'Answers', 'answers_of',
            'answer_line', 'kept_predictions', 'open_batch', 'answer_samples', 'append_batch', 'start_folder',
            'evaluate_benchmark', 'answer_requests', 'lmms_eval_model', 'LMMSMixin']
 
@@ -809,6 +809,13 @@ class Answers:
         new = model.language.generate(ids, self.max_new_tokens, [words.token_to_id(EOS)], mask=mask, state=state)[:, ids.shape[1]:]
         return [self.decode(words, row) for row in new.tolist()]
 
+# %% ../nbs/17_evaluation.ipynb #39309c77
+def answers_of(model, max_new_tokens=16, decode=decode_plain):
+    "A `VLMamba` as a function (images, questions) -> texts: `Answers`, or `ask_all` where encoder or tokenizer come from elsewhere (no `decode` then)."
+    if hasattr(model.vision, "preprocess") or model.tokenizer.token_to_id(EOS) is None:
+        return partial(model.eval().ask_all, max_new_tokens=max_new_tokens)
+    return Answers(model, max_new_tokens, decode)
+
 # %% ../nbs/17_evaluation.ipynb #49931f8a
 def answer_line(sample, prediction):
     "A line of predictions.jsonl: the sample's name, its question, the prediction."
@@ -924,7 +931,7 @@ class LMMSMixin:
 
     def __init__(self, pretrained, device="cpu", batch_size=1, max_new_tokens=16, **_):
         super().__init__()
-        self.answers = Answers(VLMamba.from_pretrained(pretrained, device), int(max_new_tokens))
+        self.answers = answers_of(VLMamba.from_pretrained(pretrained, device), int(max_new_tokens))
         self.rows = int(batch_size)
 
     def generate_until(self, requests):
