@@ -1,6 +1,7 @@
 """The measures of chapter 18, and that each benchmark compares programs that compute the same."""
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,14 +11,19 @@ from vlmamba_lite import benchmark
 from vlmamba_lite.benchmark import (
     bench_block,
     bench_directions,
+    bench_generation,
     bench_scaling,
+    bench_training,
     block_parts,
+    card_limits,
     compared,
     comparison_table,
     exponents,
     mamba_peer,
     peak_bytes,
+    random_model,
     read_result,
+    runnable_blocks,
     scaling_models,
     scan_inputs_of,
     scan_peers,
@@ -25,9 +31,15 @@ from vlmamba_lite.benchmark import (
     slope,
     ssd_inputs_of,
     state_bytes,
+    step_operations,
+    training_form,
+    training_numbers,
     training_step,
+    use_blocks,
     whole_step,
 )
+from vlmamba_lite.model import count_parameters
+from vlmamba_lite.training import RECIPES
 from vlmamba_lite.mamba import Mamba
 from vlmamba_lite.scan import selective_scan
 from vlmamba_lite.ssd import ssd_chunked
@@ -153,3 +165,56 @@ def test_scaling_measures_each_model_at_each_length(monkeypatch):
     assert set(result["exponents"]) == set(result["parameters"]) == set(small)
     grown = {row["length"]: row["state_bytes"] for row in result["lengths"] if row["model"] == "attention"}
     assert abs(grown[2916] / grown[729] - 2916 / 729) < 0.01
+
+
+# --- the whole model ------------------------------------------------------------------------------------------------------
+
+def test_operations_of_a_step_by_hand():
+    model = random_model("tiny")
+    sizes = count_parameters(model)
+    head = model.config.language.d_model * model.language.lm_head.out_features
+    assert step_operations(model, 0, 1) == 6 * sizes["language"]
+    assert step_operations(model, 1, 0) == 2 * sizes["vision"] + 6 * sizes["connector"] + 6 * (sizes["language"] - head)
+
+
+def test_card_limits():
+    assert card_limits("NVIDIA A100 80GB PCIe") == (312e12, 1.935e12) and card_limits("NVIDIA H200")[1] == 4.8e12
+    assert card_limits("Some card") is None and card_limits(None) is None
+    assert training_numbers(2.0, 100, 312e12, "NVIDIA A100 80GB PCIe") == dict(tokens_per_second=50.0, operations_per_second=156e12, mfu=0.5)
+
+
+def test_blocks_are_switched_in_every_layer():
+    model = use_blocks(random_model("tiny"), "mamba_ssm")
+    layers = [m for m in model.modules() if hasattr(m, "conv_backend")]
+    assert len(layers) >= 2 and all((m.backend, m.conv_backend) == ("mamba_ssm", "causal_conv1d") for m in layers)
+    use_blocks(model, "ours")
+    assert all((m.backend, m.conv_backend) == ("auto", "auto") for m in layers)
+
+
+def test_training_and_generation_are_measured(monkeypatch):
+    monkeypatch.setattr(benchmark, "side_by_side", lambda forms, repeats=1: side_by_side(forms, repeats, turn=1e-4))
+    result = bench_training("tiny", rows=2, length=6, batch_size=4, repeats=1)
+    assert result["text_tokens"] == 24 and result["visual_tokens"] == 4 * 64 and list(result["blocks"]) == runnable_blocks()
+    ours = result["blocks"]["ours"]
+    assert ours["tokens_per_second"] == pytest.approx(280 / ours["wall_seconds"]) and ours["peak_bytes"] > 0
+    result = bench_generation("tiny", tokens=5, repeats=1)
+    steps = result["forms"]["steps"]
+    assert steps["tokens_per_second"] == pytest.approx(5 / steps["wall_seconds"])
+    assert result["weight_bytes"] == 4 * count_parameters(random_model("tiny"))["language"]
+
+
+def test_a_step_trains_what_its_stage_trains():
+    model = random_model("tiny")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    stage = replace(RECIPES["vl-mamba"][1], batch_size=4, precision="fp32", lr=1e-2)
+    training_form(model, stage, 2, 6)("ours")
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and not any(name.startswith("vision") for name in moved) and {name.split(".")[0] for name in moved} == {"connector", "language"}
+
+
+def test_what_cannot_be_measured_is_said():
+    with pytest.raises(ValueError, match="batch_size: got 5, need a multiple of the 2 rows"):
+        bench_training("tiny", rows=2, batch_size=5)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="preset: got 'vl-mamba-2.8b' on a machine without a CUDA GPU"):
+            bench_generation()

@@ -8,7 +8,7 @@ __all__ = ['console', 'app', 'TRAINING', 'ASKING', 'MEASURING', 'CHAT_HELP', 'SA
            'Preset', 'Vision', 'Connector', 'Scan', 'Language', 'Weights', 'Tokenizer', 'Data', 'Pictures',
            'Validation', 'Recipe', 'StageName', 'Steps', 'Precision', 'RunSeed', 'Sets', 'RunOutput', 'RunDevice',
            'Parallel', 'Workers', 'Trackers', 'Config', 'DryRun', 'Processes', 'Resume', 'TRAIN_HELP', 'Rows', 'Tasks',
-           'bench', 'Output', 'Repeats', 'Seed', 'Threads', 'sets', 'Mistakes', 'ask', 'chat_help', 'Talk',
+           'bench', 'Output', 'Repeats', 'Seed', 'Threads', 'Size', 'sets', 'Mistakes', 'ask', 'chat_help', 'Talk',
            'answer_aloud', 'chat_command', 'next_line', 'converse', 'drawing_options', 'begin_talk', 'chat',
            'paint_sight', 'Sight', 'Visit', 'page_parts', 'picture_events', 'question_events', 'demo_page',
            'launch_demo', 'open_demo', 'demo', 'run_folder', 'pick_device', 'prepare', 'read_settings', 'parse_yaml',
@@ -20,8 +20,8 @@ __all__ = ['console', 'app', 'TRAINING', 'ASKING', 'MEASURING', 'CHAT_HELP', 'SA
            'run_plan', 'run_training', 'option', 'named_values', 'weight_sources', 'option_settings',
            'command_settings', 'start_again', 'process_count', 'say_end', 'end_training', 'train', 'run_eval',
            'print_scores', 'eval_model', 'row_done', 'ablate', 'bench_prefix', 'record', 'bench_scan', 'bench_ssd',
-           'bench_block', 'bench_directions', 'bench_scaling', 'kernel_table', 'bench_kernels', 'main', 'data_check',
-           'bench_loader', 'step_seconds', 'batch_seconds']
+           'bench_block', 'bench_directions', 'bench_scaling', 'bench_training', 'bench_generation', 'kernel_table',
+           'bench_kernels', 'main', 'data_check', 'bench_loader', 'step_seconds', 'batch_seconds']
 
 # %% ../nbs/20_command_line.ipynb #193102e3
 import json
@@ -1155,6 +1155,25 @@ def bench_directions(output: Output = None, repeats: Repeats = 5, seed: Seed = 0
 def bench_scaling(output: Output = None, repeats: Repeats = 3, seed: Seed = 0, threads: Threads = 2):
     "Mamba, Mamba-2 and attention of one size, reading up to 65,536 tokens and writing one more."
     record("scaling", output, threads, repeats=repeats, seed=seed)
+
+# %% ../nbs/20_command_line.ipynb #42cc4c64
+Size = Annotated[str, typer.Option(help="a preset; the papers' need a CUDA GPU")]
+
+
+@bench.command("training")
+def bench_training(preset: Size = "vl-mamba-2.8b", rows: Annotated[int, typer.Option(min=1, help="rows in a micro-batch")] = 8,
+                   length: Annotated[int, typer.Option(min=2, help="tokens of text in a row")] = 512,
+                   batch_size: Annotated[int, typer.Option(min=1, help="rows in a step")] = 128,
+                   output: Output = None, repeats: Repeats = 5, seed: Seed = 0, threads: Threads = 2):
+    "Steps of the second stage: tokens a second, share of the card's limit, memory; our blocks and the official ones."
+    record("training", output, threads, preset=preset, rows=rows, length=length, batch_size=batch_size, repeats=repeats, seed=seed)
+
+
+@bench.command("generation")
+def bench_generation(preset: Size = "vl-mamba-2.8b", tokens: Annotated[int, typer.Option(min=1, help="tokens to write")] = 256,
+                     output: Output = None, repeats: Repeats = 5, seed: Seed = 0, threads: Threads = 2):
+    "Writing by the papers' protocol: batch 1, a picture, 256 tokens; beside the limit of the memory and the papers' figures."
+    record("generation", output, threads, preset=preset, tokens=tokens, repeats=repeats, seed=seed)
 
 # %% ../nbs/20_command_line.ipynb #f19740c3
 def kernel_table(result):
