@@ -37,6 +37,16 @@ from .scan_parallel import selective_scan_chunked, selective_scan_cpp, without_c
 from .ssd import ssd, ssd_backends, ssd_chunked
 from .vss import VSS
 
+# %% ../nbs/18_scaling.ipynb #624bd5d5
+from dataclasses import replace
+
+from PIL import Image
+
+from .mamba2 import Mamba2
+from .model import MODEL_PRESETS, VLMamba, count_parameters, picture_pixels
+from .training import (RECIPES, Learner, accumulate, begin_step, build_optimizers, end_step, freeze, make_accelerator,
+                                   set_modes)
+
 # %% ../nbs/18_scaling.ipynb #1af66d98
 def timed_turn(run, times):
     "Mean wall and CPU seconds of `times` runs in a row."
@@ -419,16 +429,6 @@ def plot_scaling(rows, axes=None):
     axes[0].legend(fontsize=7)
     axes[1].set(yscale="linear", ylim=(0, None))                # Mamba's lines are flat, which only a scale from 0 shows
     return axes
-
-# %% ../nbs/18_scaling.ipynb #624bd5d5
-from dataclasses import replace
-
-from PIL import Image
-
-from .mamba2 import Mamba2
-from .model import MODEL_PRESETS, VLMamba, count_parameters, picture_pixels
-from .training import (RECIPES, Learner, accumulate, begin_step, build_optimizers, end_step, freeze, make_accelerator,
-                                   set_modes)
 
 # %% ../nbs/18_scaling.ipynb #34f69dfd
 CARDS = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12), "A100": (312e12, 1.935e12)}      # SXM, SXM; the A100 PCIe of the papers
