@@ -424,6 +424,7 @@ def test_two_stages_on_conversations(two_stages, talks, types):
     result = json.loads((folder / "result.json").read_text())
     assert result["steps"] == 6 and result["stages"] == ["align", "instruct"] and set(result["validation"]) == {"loss"} and "commit" in result
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "samples.png").read_bytes()[:4] == b"\x89PNG"
     assert types(["what color?"], folder, talks / "talks0.png", "--tokens", 4).code == 0
     again = vlmamba("train", "--config", folder / "run_config.json", "--output", folder, "--resume")
     assert again.code == 0 and "6/6" in again.out, again

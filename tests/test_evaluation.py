@@ -210,3 +210,21 @@ def test_figure_of_samples(small, tmp_path):
     assert f"purple (true: {small.data.answers[3]})" in " ".join(axes[0].get_title().split())
     assert (tmp_path / "samples.png").read_bytes()[:4] == b"\x89PNG" and len(list(tmp_path.iterdir())) == 1
     plt.close("all")
+
+
+def test_talks_are_shown_with_what_was_written_down(make_model, small, tmp_path):
+    "One picture a sample; talks with none or several are left out; long texts end in dots."
+    from vlmamba_lite.data import Conversation
+    from vlmamba_lite.evaluation import sample_sheet, talk_samples
+    picture, question = small.rows["image"][0], small.data.questions[0]
+    talks = [Conversation("none", [], [(question, "a")]), Conversation("two", [picture, picture], [(question, "b")]),
+             Conversation("long", [picture], [(question, "word " * 40)]), Conversation("one", [picture], [(question, "$c_$ and $")])]
+    model = make_model().eval()
+    shown = talk_samples(model, talks, count=2, max_new_tokens=3)
+    assert shown[0][3].endswith(" ...") and len(shown[0][3]) <= 72 and shown[1][3] == "$c_$ and $"
+    assert len(shown) == 2 and shown[1][2] == model.ask(picture, question, 3)[:72] and shown[0][0].shape[2] == 3
+    figure = sample_sheet(shown, tmp_path / "page.png")
+    assert len(figure.axes) == 2 and (tmp_path / "page.png").stat().st_size > 1000
+    assert len(talk_samples(model, talks, count=1, max_new_tokens=3)) == 1
+    with pytest.raises(ValueError, match="samples: got none"):
+        sample_sheet([])

@@ -16,8 +16,8 @@ __all__ = ['console', 'app', 'TRAINING', 'ASKING', 'MEASURING', 'CHAT_HELP', 'SA
            'resolve_stages', 'on_easy_vqa', 'easy_recipe', 'check_settings', 'resolve', 'listed', 'stage_data',
            'model_tokenizer', 'build_model', 'open_stage_sets', 'as_yaml', 'as_comment', 'memory_here', 'stage_memory',
            'published_sizes', 'dry_run_text', 'dry_shape', 'print_dry_run', 'Plan', 'plan_easy', 'plan_conversations',
-           'StageBar', 'record_run', 'train_plan', 'finish_easy', 'print_result', 'finish_conversations', 'make_plan',
-           'run_plan', 'run_training', 'option', 'named_values', 'weight_sources', 'option_settings',
+           'StageBar', 'record_run', 'train_plan', 'finish_easy', 'print_result', 'show_talks', 'finish_conversations',
+           'make_plan', 'run_plan', 'run_training', 'option', 'named_values', 'weight_sources', 'option_settings',
            'command_settings', 'start_again', 'process_count', 'say_end', 'end_training', 'train', 'run_eval',
            'print_scores', 'eval_model', 'row_done', 'ablate', 'bench_prefix', 'record', 'bench_scan', 'bench_ssd',
            'bench_block', 'bench_directions', 'bench_scaling', 'bench_training', 'bench_generation', 'kernel_table',
@@ -31,7 +31,7 @@ import shlex
 import sys
 import time
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from datetime import timedelta
 from difflib import get_close_matches
@@ -709,6 +709,7 @@ class Plan:
     sources: dict                # stage -> where its batches come from
     evaluate: object = None      # a function of a model -> {name: score}
     data: dict | None = None     # easy-VQA's splits, for the end
+    held: list = field(default_factory=list)      # validation sets of conversations
 
 # %% ../nbs/20_command_line.ipynb #0dfed986
 def plan_easy(settings, config, device):
@@ -733,7 +734,7 @@ def plan_conversations(settings, stages, device):
     if held:
         batches = stage_batches(model, held, stages[-1], settings["seed"])
         evaluate = partial(validation_loss, batches=batches, count=-(-sum(map(len, held)) // stages[-1].batch_size))
-    return Plan(settings, stages, model, sources, evaluate)
+    return Plan(settings, stages, model, sources, evaluate, held=held)
 
 # %% ../nbs/20_command_line.ipynb #e11e883f
 class StageBar:
@@ -815,11 +816,23 @@ def print_result(result):
     console.print(table)
 
 # %% ../nbs/20_command_line.ipynb #2ed1fedd
+def show_talks(plan, folder):
+    "samples.png of a run on conversations: what the model says about validation pictures; none without `validation`, or without a picture in it."
+    from vlmamba_lite.evaluation import sample_sheet, talk_samples
+    from vlmamba_lite.model import VLMamba
+    sharded = plan.settings["parallel"] == "fsdp"                        # then no process has the whole model: read it from the disk
+    model = VLMamba.from_pretrained(folder, plan.model.device) if sharded else plan.model.eval()
+    talks = (data[i] for data in plan.held for i in range(len(data)))
+    if samples := talk_samples(model, talks, template=plan.stages[-1].template):
+        sample_sheet(samples, folder / "samples.png")
+
+# %% ../nbs/20_command_line.ipynb #3beb8e1f
 def finish_conversations(plan, folder, spent):
-    "Writes result.json and curves.png of a run on conversations; returns the result."
+    "Writes result.json, curves.png and, with `validation`, samples.png of a run on conversations; returns the result."
     from vlmamba_lite.training import plot_curves, read_metrics, write_result
     lines = read_metrics(folder / "metrics.jsonl")
     plot_curves(lines, folder / "curves.png")
+    show_talks(plan, folder)
     scores = [line["validation"] for line in lines if "validation" in line]
     result = dict({name: plan.settings[name] for name in ("preset", "recipe", "stages", "seed", "data")}, steps=lines[-1]["step"],
                   loss=[line["loss"] for line in lines if "loss" in line][-1], validation=scores[-1] if scores else None,

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'PUNCTUATION', 'NUMBERS', 'APOSTROPHES', 'CONTRACTIONS', 'PERCEPTION', 'COGNITION', 'SHORT', 'LETTER',
            'EXACT', 'UNSURE', 'BENCHMARKS', 'PAPERS', 'accuracy', 'blind_majority', 'floors', 'decode_answer',
-           'answer_pictures', 'answer_all', 'accuracy_by_type', 'evaluate', 'pick_samples', 'plot_samples',
-           'leave_one_out', 'strip_punctuation', 'plain_words', 'one_line', 'vqa_answer', 'evalai_answer',
-           'vqa_accuracy', 'textvqa_accuracy', 'gqa_answer', 'gqa_match', 'scienceqa_letter', 'pope_answer',
-           'mme_answer', 'vsr_answer', 'option_letter', 'seed_letter', 'check_pairs', 'share', 'pope_parts',
-           'pope_formula', 'pope_scores', 'mme_pictures', 'mme_parts', 'mme_formula', 'mme_scores', 'circular_parts',
-           'circular_formula', 'bootstrap', 'draw_sum', 'mean_parts', 'mean_formula', 'Sample', 'need', 'find_picture',
-           'check_folder', 'read_table', 'by_name', 'people', 'read_vqav2', 'read_textvqa', 'read_vizwiz', 'read_gqa',
-           'choice', 'read_scienceqa', 'one_of', 'read_pope', 'mme_picture', 'read_mme', 'table_picture',
-           'read_mmbench', 'read_seed', 'read_vsr', 'read_mm_vet', 'read_easy_vqa', 'Rated', 'rate_each',
-           'rate_pictures', 'pope_files', 'rate_pope', 'rate_mme', 'rate_mmbench', 'Judge', 'Benchmark',
-           'pick_benchmark', 'read_benchmark', 'ask_text', 'score', 'decode_plain', 'distinct', 'Answers', 'answers_of',
-           'answer_line', 'kept_predictions', 'open_batch', 'answer_samples', 'append_batch', 'start_folder',
-           'evaluate_benchmark', 'answer_requests', 'lmms_eval_model', 'LMMSMixin']
+           'answer_pictures', 'answer_all', 'accuracy_by_type', 'evaluate', 'pick_samples', 'sample_sheet',
+           'plot_samples', 'talk_samples', 'leave_one_out', 'strip_punctuation', 'plain_words', 'one_line',
+           'vqa_answer', 'evalai_answer', 'vqa_accuracy', 'textvqa_accuracy', 'gqa_answer', 'gqa_match',
+           'scienceqa_letter', 'pope_answer', 'mme_answer', 'vsr_answer', 'option_letter', 'seed_letter', 'check_pairs',
+           'share', 'pope_parts', 'pope_formula', 'pope_scores', 'mme_pictures', 'mme_parts', 'mme_formula',
+           'mme_scores', 'circular_parts', 'circular_formula', 'bootstrap', 'draw_sum', 'mean_parts', 'mean_formula',
+           'Sample', 'need', 'find_picture', 'check_folder', 'read_table', 'by_name', 'people', 'read_vqav2',
+           'read_textvqa', 'read_vizwiz', 'read_gqa', 'choice', 'read_scienceqa', 'one_of', 'read_pope', 'mme_picture',
+           'read_mme', 'table_picture', 'read_mmbench', 'read_seed', 'read_vsr', 'read_mm_vet', 'read_easy_vqa',
+           'Rated', 'rate_each', 'rate_pictures', 'pope_files', 'rate_pope', 'rate_mme', 'rate_mmbench', 'Judge',
+           'Benchmark', 'pick_benchmark', 'read_benchmark', 'ask_text', 'score', 'decode_plain', 'distinct', 'Answers',
+           'answers_of', 'answer_line', 'kept_predictions', 'open_batch', 'answer_samples', 'append_batch',
+           'start_folder', 'evaluate_benchmark', 'answer_requests', 'lmms_eval_model', 'LMMSMixin']
 
 # %% ../nbs/17_evaluation.ipynb #01fe5af8
 import base64
@@ -30,15 +30,17 @@ import string
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice, zip_longest
 from pathlib import Path
-from textwrap import fill
+from textwrap import fill, shorten
 from typing import NamedTuple
 
+# %% ../nbs/17_evaluation.ipynb #82e25110
 import numpy as np
 import torch
 
 from .data import (EOS, QUESTION_TYPES, check_text, encode_prompt, fault, load_easy_vqa, load_picture, normalize, pad_rows, parse_json,
-                               process_images, question_type, safe_path, select_state, undecoded)
+                               process_images, question_type, safe_path, select_state, to_rgb, undecoded)
 from .language_model import naming, repeat_state, write_atomically
 from .model import VLMamba
 from .training import RUN_CONFIG, write_result, write_run_config
@@ -137,26 +139,44 @@ def pick_samples(predictions, data, count=8, seed=0):
 
 # %% ../nbs/17_evaluation.ipynb #a1609e18
 def _draw_sample(axis, picture, question, given, true):
-    "A picture (3, h, w) with its question, the answer given, and the true one where that is another."
+    "A picture (h, w, 3) with its question, the answer given, and the true one where that is another."
     verdict = given if given == true else fill(f"{given} (true: {true})", 24)
-    axis.imshow(picture.permute(1, 2, 0).numpy())
-    axis.set_title(f"{fill(question, 24)}\n{verdict}", fontsize=8, color="black" if given == true else "firebrick")
+    axis.imshow(picture)
+    axis.set_title(f"{fill(question, 24)}\n{verdict}", fontsize=8, color="black" if given == true else "firebrick",
+                   parse_math=False)                                      # an answer may hold dollars
 
 # %% ../nbs/17_evaluation.ipynb #56a89b17
-def plot_samples(predictions, data, rows, path=None):
-    "Pictures with question, answer given and true answer (wrong ones in red); saved to `path` if given. Returns the figure."
+def sample_sheet(samples, path=None):
+    "A page of (picture (h, w, 3), question, answer given, true answer), wrong ones in red; saved to `path` if given -> figure. ValueError for none."
+    if not samples:
+        raise ValueError("samples: got none, need at least one")
     from matplotlib.figure import Figure                                  # only who draws pays for the import
-    columns = min(4, len(rows))
-    lines = -(-len(rows) // columns)
+    columns, lines = min(4, len(samples)), -(-len(samples) // 4)
     figure = Figure(figsize=(1.75 * columns, 2.3 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False)
-    for axis in axes.flat:
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axis, sample in zip_longest(axes, samples):
         axis.axis("off")
-    for row, axis in zip(rows, axes.flat):
-        _draw_sample(axis, data.images[data.image_of[row]], data.questions[row], predictions[row], data.answers[row])
+        if sample is not None:
+            _draw_sample(axis, *sample)
     if path is not None:
         write_atomically(path, lambda part: figure.savefig(part, dpi=150, format="png"))
     return figure
+
+# %% ../nbs/17_evaluation.ipynb #53cf4dae
+def plot_samples(predictions, data, rows, path=None):
+    "`sample_sheet` of some rows of a `VQASet`, with what was predicted for them. Returns the figure. ValueError for no row."
+    return sample_sheet([(data.images[data.image_of[row]].permute(1, 2, 0).numpy(), data.questions[row], predictions[row], data.answers[row])
+                         for row in rows], path)
+
+# %% ../nbs/17_evaluation.ipynb #74082360
+def talk_samples(model, conversations, count=8, template=None, max_new_tokens=32):
+    "What a model says to the first turn of the first `count` conversations with one picture: samples for `sample_sheet`, texts shortened."
+    samples = []
+    for talk in islice((talk for talk in conversations if len(talk.images) == 1), count):
+        picture, (question, true) = to_rgb(load_picture(talk.images[0], talk.name)), talk.turns[0]
+        given = model.ask(picture, question, max_new_tokens, template)
+        samples.append((np.asarray(picture), *(shorten(text, 72, placeholder=" ...") for text in (question, given, true))))
+    return samples
 
 # %% ../nbs/17_evaluation.ipynb #d89e52a2
 def leave_one_out(prediction, answers):
