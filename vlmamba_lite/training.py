@@ -1220,7 +1220,8 @@ def closing(run):
             tracker.finish()
         run.core.hook.remove()
         run.model.language.backbone.recompute, run.learner = False, None
-        run.accelerator.free_memory()
+        if run.parallel == "ddp":                                 # the one thing Accelerate holds; it collects garbage, which takes its time
+            run.accelerator.free_memory()
 
 # %% ../nbs/16_training.ipynb #7b4fab07
 def train_stages(run, checkpoint):
