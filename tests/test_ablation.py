@@ -524,7 +524,7 @@ def test_a_number_that_was_typed_in_is_found():
 
 
 def test_the_last_chapter_shows_the_run_on_file():
-    "Chapter 21 trains seed 3 in the open; what it prints is what the file of that seed says."
+    "Chapter 21 shows the recorded run of seed 3; what it prints is what the file of that seed says."
     cells = nbformat.read(ROOT / "nbs" / "21_train_vlmamba.ipynb", as_version=4).cells
     printed = "".join("".join(o.get("text", "")) for c in cells for o in c.get("outputs", []) if o.output_type == "stream")
     result = json.loads((ROOT / "data" / "results" / "train_lite_seed3.json").read_text(encoding="utf-8"))

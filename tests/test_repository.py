@@ -17,8 +17,6 @@ CHAPTERS = [p for p in NOTEBOOKS if p.name[0].isdigit()]
 TOP = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "settings.ini", "setup.py", "MANIFEST.in", ".gitignore", ".ci", ".github", "nbs", "vlmamba_lite", "data", "tests"}
 MACHINE_PATH = re.compile(r"(?<![\w./:])/(?:root|home|Users|work|tmp|opt|usr|mnt|var)/\w+")
 
-PENDING = set()     # modules whose docstrings are still to come
-
 
 def settings():
     parser = ConfigParser(delimiters=["="])
@@ -105,8 +103,6 @@ def test_every_module_has_its_notebook():
 @pytest.mark.parametrize("path", docstrings.modules(), ids=lambda p: p.stem)
 def test_docstrings(path):
     "Every public name says what it does, its shapes, its errors and its source: the rule stands in docstrings.py."
-    if path.stem in PENDING and docstrings.missing(path):
-        pytest.xfail("docstrings still to come")
     assert not docstrings.missing(path)
 
 
