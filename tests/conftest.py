@@ -1,5 +1,6 @@
 """What the tests of the whole model share: a small part of easy-VQA, and models small enough to run in no time."""
 import os
+import signal
 import time
 from types import SimpleNamespace
 
@@ -14,6 +15,14 @@ def pytest_sessionfinish(session, exitstatus):
     if path and exitstatus == 0:
         from vlmamba_lite.training import write_result
         write_result(path, tests=session.testscollected, wall_seconds=round(time.time() - BEGAN, 1))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    "Ctrl-C means something, also where the shell that began the tests ignores it, as it does for what runs in its background."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
