@@ -431,12 +431,13 @@ def plot_scaling(rows, axes=None):
     return axes
 
 # %% ../nbs/18_scaling.ipynb #34f69dfd
-CARDS = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12), "A100": (312e12, 1.935e12)}      # SXM, SXM; the A100 PCIe of the papers
+CARDS = {"NVIDIA H200": (989e12, 4.8e12), "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),        # an H100 PCIe or an H200 NVL is slower
+         "NVIDIA A100-SXM4-80GB": (312e12, 2.039e12), "NVIDIA A100 80GB PCIe": (312e12, 1.935e12)}      # the last is the papers'
 
 
 def card_limits(name):
-    "(dense bfloat16 operations, bytes of memory) a second of a GPU, by a part of its `name`, from its maker's data sheet; None for another."
-    return next((limits for part, limits in CARDS.items() if part in (name or "")), None)
+    "(dense bfloat16 operations, bytes of memory) a second of the GPU of this name, from its maker's data sheet; None for another."
+    return CARDS.get(name)
 
 # %% ../nbs/18_scaling.ipynb #078740eb
 def step_operations(model, visual, text):
@@ -531,6 +532,7 @@ def bench_training(preset="vl-mamba-2.8b", rows=8, length=512, batch_size=128, r
 # %% ../nbs/18_scaling.ipynb #8e39fff5
 def most_held(form):
     "The most bytes that a function held: on a GPU all that is allocated there, weights included; else `peak_bytes`."
+    form()                                                        # the optimizer's state comes with the first step
     if not torch.cuda.is_available():
         return peak_bytes(form)
     torch.cuda.reset_peak_memory_stats()
@@ -551,7 +553,7 @@ def writing_form(model, tokens, graph):
 
 # %% ../nbs/18_scaling.ipynb #f3e2c952
 def bench_generation(preset="vl-mamba-2.8b", tokens=256, repeats=5, seed=0):
-    "Tokens a second of an answer, batch 1, picture included, step by step and, on a GPU, as a CUDA graph; beside the limit of the memory and the papers'."
+    "Tokens a second of an answer, batch 1, picture included, step by step and, on a GPU, as a CUDA graph (its capture included); beside the limit of the memory and the papers'."
     model = random_model(preset, seed).eval()
     model = model.bfloat16() if torch.cuda.is_available() else model
     wait = synchronised if torch.cuda.is_available() else partial
