@@ -10,7 +10,7 @@ __all__ = ['SCAN_SHAPES', 'LONGEST', 'SSD_SHAPES', 'CARDS', 'BLOCKS', 'WRITING',
            'block_parts', 'whole_step', 'mamba_peer', 'bench_block', 'plot_parts', 'bench_directions', 'scaling_models',
            'state_bytes', 'read_in_pieces', 'write_some', 'reading_costs', 'bench_scaling', 'slope', 'exponents',
            'plot_scaling', 'card_limits', 'step_operations', 'runnable_blocks', 'use_blocks', 'random_model',
-           'random_rows', 'training_form', 'training_numbers', 'gpu_name', 'bench_training', 'most_held',
+           'random_rows', 'training_form', 'training_numbers', 'gpu_name', 'most_held', 'bench_training',
            'writing_form', 'bench_generation']
 
 # %% ../nbs/18_scaling.ipynb #7636b6eb
@@ -508,6 +508,16 @@ def gpu_name():
     "The name of the GPU, None without one."
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
+# %% ../nbs/18_scaling.ipynb #8e39fff5
+def most_held(form):
+    "The most bytes that a function held: on a GPU all that is allocated there, weights included; else `peak_bytes`."
+    form()                                                        # the optimizer's state comes with the first step
+    if not torch.cuda.is_available():
+        return peak_bytes(form)
+    torch.cuda.reset_peak_memory_stats()
+    form()
+    return torch.cuda.max_memory_allocated()
+
 # %% ../nbs/18_scaling.ipynb #a98680a8
 def bench_training(preset="vl-mamba-2.8b", rows=8, length=512, batch_size=128, repeats=5, seed=0):
     """Training steps of stage "instruct" (LLaVA-1.5's: an assumption for VL-Mamba) with our blocks and the official ones, in turns.
@@ -528,16 +538,6 @@ def bench_training(preset="vl-mamba-2.8b", rows=8, length=512, batch_size=128, r
     return dict(visual_tokens=visual, text_tokens=text, operations=operations, parameters=count_parameters(model), blocks={
         name: dict(**times[name], peak_bytes=peaks[name], **training_numbers(times[name]["wall_seconds"], visual + text, operations, gpu_name()))
         for name in forms})
-
-# %% ../nbs/18_scaling.ipynb #8e39fff5
-def most_held(form):
-    "The most bytes that a function held: on a GPU all that is allocated there, weights included; else `peak_bytes`."
-    form()                                                        # the optimizer's state comes with the first step
-    if not torch.cuda.is_available():
-        return peak_bytes(form)
-    torch.cuda.reset_peak_memory_stats()
-    form()
-    return torch.cuda.max_memory_allocated()
 
 # %% ../nbs/18_scaling.ipynb #0fd7f58d
 WRITING = {"ML-Mamba, A100 (the paper's, table 3)": 171.0, "Cobra, A100 (its paper's)": 166.47}        # tokens a second
