@@ -328,7 +328,7 @@ def load_clevr(train, validation, test):
 
 _CLEVR = TrainingConfig(steps=1000, batch_size=16, questions=6, phases=CLEVR_PHASES, evaluations=1)
 TASKS |= {"sort-of-clevr": Task(_CLEVR, load_clevr, clevr_batch, clevr_score, (10_000, 100, 300), True),
-          "sort-of-clevr-long": Task(replace(_CLEVR, steps=2500, lr=2e-3, evaluations=10), load_clevr, clevr_batch, clevr_score,
+          "sort-of-clevr-long": Task(replace(_CLEVR, steps=4000, lr=2e-3, evaluations=10), load_clevr, clevr_batch, clevr_score,
                                      (10_000, 100, 500), True, False)}
 
 # %% ../nbs/19_ablations.ipynb #2cf51a5b
