@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 BEGAN = time.time()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")     # before torch is loaded: the tests share the cores, one thread each
 
 
 def pytest_sessionfinish(session, exitstatus):
     "With $TEST_TIME_FILE set, a whole and passing run says there how long it took: the figure of the README."
     path = os.environ.get("TEST_TIME_FILE")
-    if path and exitstatus == 0:
+    if path and exitstatus == 0 and not hasattr(session.config, "workerinput"):
         from vlmamba_lite.training import write_result
         write_result(path, tests=session.testscollected, wall_seconds=round(time.time() - BEGAN, 1))
 

@@ -180,6 +180,17 @@ def test_what_is_saved_is_whole(runs):
     assert found[0] == found[1] == found[2]
 
 
+def test_processes_part():
+    "Threads of a group that is still there when the interpreter ends can abort the process, so a run that is over leaves none."
+    import torch.distributed as dist
+
+    from vlmamba_lite.training import leave_processes
+    leave_processes()                                                    # alone: nothing to leave
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    leave_processes()
+    assert not dist.is_initialized()
+
+
 def test_the_command_in_two_processes(tmp_path):
     "Both stages of a recipe, by `vlmamba train` and by the same command under torchrun with sharded parameters."
     from PIL import Image

@@ -852,8 +852,9 @@ def make_plan(settings, recipe, resume=False):
 
 def run_plan(plan, folder, resume=False, quiet=False):
     "Trains and writes the result, which is returned; None where the run was stopped, and in any process but the first."
-    from vlmamba_lite.training import main_process
+    from vlmamba_lite.training import leave_processes, main_process
     complete, spent = train_plan(plan, folder, resume, quiet)
+    leave_processes()
     if not complete or not main_process():
         return None
     return finish_conversations(plan, folder, spent) if plan.data is None else finish_easy(plan, folder, spent)

@@ -11,14 +11,14 @@ __all__ = ['PARTS', 'OPTIMIZERS', 'PRECISIONS', 'RECIPES', 'TRAINING_PRESETS', '
            'parameter_groups', 'build_optimizers', 'check_finite', 'begin_step', 'end_step', 'train_step',
            'training_steps', 'learned_tokens', 'Learner', 'accumulate', 'make_accelerator', 'check_trackers', 'EMA',
            'exchange', 'shard_model', 'gather', 'whole_model', 'check_packing', 'main_process', 'process_device',
-           'choose_parallel', 'file_sha256', 'write_folder', 'verify_checkpoint', 'readable', 'checkpoints',
-           'has_checkpoint', 'latest_checkpoint', 'read_state', 'goodness', 'best_checkpoint', 'drop_checkpoints',
-           'share_of', 'optimizer_tensors', 'put_optimizer', 'put_weights', 'stored_tensors', 'read_tensors',
-           'save_checkpoint', 'restore_weights', 'restore_optimizers', 'check_seed', 'load_checkpoint', 'differences',
-           'write_run_config', 'StopRequest', 'MetricsLog', 'read_metrics', 'Stopwatch', 'StepReport', 'used_memory',
-           'Speed', 'Run', 'prepare_run', 'wrap_learner', 'begin_stage', 'end_stage', 'step_batches', 'keeping',
-           'report_step', 'check_steps', 'usable_model', 'deciding_score', 'validate', 'save_run', 'stopping',
-           'train_stage', 'finish_step', 'check_resume', 'resume_run', 'check_run', 'open_run', 'closing',
+           'choose_parallel', 'leave_processes', 'file_sha256', 'write_folder', 'verify_checkpoint', 'readable',
+           'checkpoints', 'has_checkpoint', 'latest_checkpoint', 'read_state', 'goodness', 'best_checkpoint',
+           'drop_checkpoints', 'share_of', 'optimizer_tensors', 'put_optimizer', 'put_weights', 'stored_tensors',
+           'read_tensors', 'save_checkpoint', 'restore_weights', 'restore_optimizers', 'check_seed', 'load_checkpoint',
+           'differences', 'write_run_config', 'StopRequest', 'MetricsLog', 'read_metrics', 'Stopwatch', 'StepReport',
+           'used_memory', 'Speed', 'Run', 'prepare_run', 'wrap_learner', 'begin_stage', 'end_stage', 'step_batches',
+           'keeping', 'report_step', 'check_steps', 'usable_model', 'deciding_score', 'validate', 'save_run',
+           'stopping', 'train_stage', 'finish_step', 'check_resume', 'resume_run', 'check_run', 'open_run', 'closing',
            'train_stages', 'train', 'fit', 'validation_loss', 'plot_curves', 'provenance', 'write_result',
            'prefix_reuse_cost']
 
@@ -660,6 +660,12 @@ def choose_parallel(parallel, accelerator):
     if accelerator.num_processes == 1:
         return "none"
     return "fsdp" if parallel == "fsdp" or accelerator.distributed_type == "FSDP" else "ddp"
+
+
+def leave_processes():
+    "Parts from the other processes, if there are any, after which this one works on alone or exits; all must call it."
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()                        # else its threads may outlive the interpreter, which aborts
 
 # %% ../nbs/16_training.ipynb #7a1a8db9
 def _push_to_disk(path):
