@@ -9,8 +9,8 @@ __all__ = ['PARTS', 'OPTIMIZERS', 'PRECISIONS', 'RECIPES', 'TRAINING_PRESETS', '
            'make_batch', 'accumulation', 'Lessons', 'micro_batches', 'picture_reader', 'stage_batches', 'count_steps',
            'total_steps', 'with_picture', 'text_tokens', 'to_device', 'newton_schulz', 'Muon', 'treatments',
            'parameter_groups', 'build_optimizers', 'check_finite', 'begin_step', 'end_step', 'train_step',
-           'training_steps', 'learned_tokens', 'Learner', 'accumulate', 'make_accelerator', 'check_trackers', 'EMA',
-           'exchange', 'shard_model', 'gather', 'whole_model', 'check_packing', 'main_process', 'process_device',
+           'training_steps', 'learned_tokens', 'Learner', 'accumulate', 'make_accelerator', 'check_trackers',
+           'exchange', 'EMA', 'shard_model', 'gather', 'whole_model', 'check_packing', 'main_process', 'process_device',
            'choose_parallel', 'leave_processes', 'file_sha256', 'write_folder', 'verify_checkpoint', 'readable',
            'checkpoints', 'has_checkpoint', 'latest_checkpoint', 'read_state', 'goodness', 'best_checkpoint',
            'drop_checkpoints', 'share_of', 'optimizer_tensors', 'put_optimizer', 'put_weights', 'stored_tensors',
@@ -77,14 +77,19 @@ class Update:
 
 # %% ../nbs/16_training.ipynb #85960f8d
 @dataclass(frozen=True, kw_only=True)
-class Stage(Update):
-    "One stage of a recipe (LLaVA-1.5, arXiv 2310.03744, has two). Raises a `ValueError` that names the field that does not fit."
+class _Work(Update):
+    "What a stage trains, and on how much."
     name: str = "train"
     trains: tuple = ("vision", "connector", "language")     # the parts that move; the others are frozen
     steps: int | None = None          # steps or epochs, one of the two
     epochs: float | None = None
     batch_size: int = 128             # conversations in a step, over all devices (lite: pictures)
     micro_batch: int | None = None    # conversations at a time on one device; by default its whole share
+
+# %% ../nbs/16_training.ipynb #9da5e04f
+@dataclass(frozen=True, kw_only=True)
+class Stage(_Work):
+    "One stage of a recipe (LLaVA-1.5, arXiv 2310.03744, has two). Raises a `ValueError` that names the field that does not fit."
     template: str | None = None       # of chapter 14; by default the tokenizer decides
     max_length: int | None = None     # tokens of a text, longer ones are cut
     evaluations: int = 1              # validations, and checkpoints, in a stage; the last at its end
@@ -231,8 +236,17 @@ def check_moved(before, after, stage):
     return [name for name in before if part_of[name] in stage.trains and name not in set(moved)]
 
 # %% ../nbs/16_training.ipynb #8e9f5c18
+class _Counts:
+    "What a `TrainingConfig` checks when it is made."
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "questions", "evaluations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, need at least 1")
+
+# %% ../nbs/16_training.ipynb #6819e816
 @dataclass
-class TrainingConfig:
+class TrainingConfig(_Counts):
     "How a model is trained from nothing; the defaults are the `lite` recipe of this course. Raises a `ValueError` that names a count below 1."
     steps: int = 1000
     batch_size: int = 32         # pictures a step
@@ -246,11 +260,6 @@ class TrainingConfig:
     shift: int = 2               # pixels of random shift; 6 smeared the shapes and slowed learning
     phases: tuple = ((0.0, (3, 6, 0.02, 0.02, 100)), (0.2, (1, 1, 1, 3, 100)))   # from this share of the steps on: weights of ROW_TYPES
     evaluations: int = 6         # validations, and checkpoints, in a run
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "questions", "evaluations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, need at least 1")
 
 # %% ../nbs/16_training.ipynb #e40078a2
 TRAINING_PRESETS = {"lite": TrainingConfig(), "tiny": TrainingConfig(steps=60, batch_size=16, evaluations=2)}
@@ -288,16 +297,13 @@ def make_batch(data, config, seed, step):
     longest = int((data.labels[rows] != -100).any(0).nonzero().max()) + 1        # cut the padding no row needs
     return images, data.input_ids[rows, :longest], data.labels[rows, :longest]
 
-# %% ../nbs/16_training.ipynb #d3387296
+# %% ../nbs/16_training.ipynb #430c8baa
 def accumulation(stage, processes=1):
     "Micro-batches that each of some processes reads in a step. Raises a `ValueError` where the batch does not divide."
     micro = stage.micro_batch or max(stage.batch_size // processes, 1)
     if stage.batch_size % (micro * processes):
         raise ValueError(f"batch_size: got {stage.batch_size}, need a multiple of micro_batch {micro} x {processes} processes")
     return stage.batch_size // (micro * processes)
-
-
-assert accumulation(_INSTRUCT, processes=8) == 1 and accumulation(_INSTRUCT, processes=1) == 8
 
 # %% ../nbs/16_training.ipynb #4c263299
 @dataclass
@@ -393,26 +399,36 @@ def newton_schulz(X, steps=5):
         X = 3.4445 * X + (-4.7750 * S + 2.0315 * S @ S) @ X
     return X.mT if tall else X
 
-# %% ../nbs/16_training.ipynb #bc8e279b
+# %% ../nbs/16_training.ipynb #f1bd4902
+def _nesterov(gradient, m, beta):
+    "Takes a gradient (rows, ...) into its running mean m, in place; returns the two mixed, as a matrix."
+    m.lerp_(gradient, 1 - beta)
+    return gradient.lerp(m, beta).flatten(1)
+
+
+def _by_shape(params):
+    "{(rows, columns): parameters} of those that have a gradient, each taken as a matrix."
+    groups = {}
+    for p in params:
+        if p.grad is not None:
+            groups.setdefault((p.shape[0], p[0].numel()), []).append(p)
+    return dict(sorted(groups.items()))
+
+# %% ../nbs/16_training.ipynb #05b69d97
 class Muon(torch.optim.Optimizer):
     "Nesterov momentum, orthogonalised by `newton_schulz`, decoupled weight decay: for matrices and convolution kernels."
 
     def __init__(self, params, lr, weight_decay=0.05, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
-    def _momentum(self, p, beta):
-        m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-        m.lerp_(p.grad, 1 - beta)
-        return p.grad.lerp(m, beta).flatten(1)
-
     @torch.no_grad()
     def step(self):
         "Updates every parameter that has a gradient; matrices of one shape go through the iteration together."
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for shape in sorted({(p.shape[0], p[0].numel()) for p in params}):
-                same = [p for p in params if (p.shape[0], p[0].numel()) == shape]
-                updates = newton_schulz(torch.stack([self._momentum(p, group["momentum"]) for p in same]))
+            for shape, same in _by_shape(group["params"]).items():
+                means = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in same]
+                directions = [_nesterov(p.grad, m, group["momentum"]) for p, m in zip(same, means)]
+                updates = newton_schulz(torch.stack(directions))
                 for p, update in zip(same, updates * 0.2 * max(shape) ** 0.5):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-group["lr"])
 
@@ -562,6 +578,24 @@ def check_trackers(names):
             raise ModuleNotFoundError(f"tracker: the package {name} is not installed; pip install {name}")
 
 # %% ../nbs/16_training.ipynb #9b48cec8
+@torch.no_grad()
+def exchange(tensors, others):
+    "Exchanges the contents of tensors with those of the same names, in place: a shard stays where it is."
+    for name, t in tensors.items():
+        before = t.clone()
+        t.copy_(others[name])
+        others[name].copy_(before)
+
+
+@contextmanager
+def _exchanged(tensors, others):
+    exchange(tensors, others)
+    try:
+        yield
+    finally:
+        exchange(tensors, others)
+
+# %% ../nbs/16_training.ipynb #e17b0e0e
 class EMA:
     "The running mean of the parameters of a model that train: mean <- decay * mean + (1 - decay) * weight, after every step."
 
@@ -576,24 +610,9 @@ class EMA:
             if name in self.mean:
                 self.mean[name].lerp_(p, 1 - self.decay)
 
-    @contextmanager
     def swapped(self, model):
         "A context in which the model has the mean as its weights."
-        own = {name: p for name, p in model.named_parameters() if name in self.mean}
-        exchange(own, self.mean)
-        try:
-            yield
-        finally:
-            exchange(own, self.mean)
-
-# %% ../nbs/16_training.ipynb #e17b0e0e
-@torch.no_grad()
-def exchange(tensors, others):
-    "Exchanges the contents of tensors with those of the same names, in place: a shard stays where it is."
-    for name, t in tensors.items():
-        before = t.clone()
-        t.copy_(others[name])
-        others[name].copy_(before)
+        return _exchanged({name: p for name, p in model.named_parameters() if name in self.mean}, self.mean)
 
 # %% ../nbs/16_training.ipynb #ea2f0af8
 def shard_model(learner, accelerator):
@@ -652,7 +671,7 @@ def process_device(device="auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
 
-
+# %% ../nbs/16_training.ipynb #3c669e60
 def choose_parallel(parallel, accelerator):
     "How processes share the work: 'none' for a single one, else 'ddp' or 'fsdp'. Raises a `ValueError` for another name."
     if parallel not in ("auto", "ddp", "fsdp"):
@@ -998,8 +1017,8 @@ class Speed:
 
 # %% ../nbs/16_training.ipynb #c05f7d6e
 @dataclass
-class Run:
-    "What `train` was given, in a form the loop can use; `prepare_run` and `begin_stage` add the optimizers, the mean of the weights and the digests."
+class _Given:
+    "What every run needs."
     model: nn.Module
     stages: tuple                # their steps counted
     sources: dict
@@ -1007,6 +1026,11 @@ class Run:
     seed: int
     accelerator: object
     parallel: str                # none, ddp or fsdp
+
+# %% ../nbs/16_training.ipynb #47cc2688
+@dataclass
+class Run(_Given):
+    "What `train` was given, in a form the loop can use; `prepare_run` and `begin_stage` add the optimizers, the mean of the weights and the digests."
     evaluate: object = None
     on_step: object = None
     on_check: object = None
@@ -1144,18 +1168,24 @@ def stopping(run):
     return run.accelerator.reduce(asked, "sum").item() > 0
 
 # %% ../nbs/16_training.ipynb #d780e63e
+def _update(run, stage, done, batches, lr):
+    "One update of a run from the micro-batches of a step; returns the loss. Raises a `FloatingPointError` (`check_finite`) with the batch saved."
+    torch.manual_seed(hash((run.seed, run.began + done, run.accelerator.process_index)) % 2 ** 63)
+    set_modes(run.model, stage.trains)
+    with keeping(run, batches, run.began + done):
+        begin_step(run.optimizers, lr)
+        loss = check_finite("loss", accumulate(run.learner, batches, run.accelerator))
+        end_step(run.model, run.optimizers, stage.clip)
+    return loss
+
+# %% ../nbs/16_training.ipynb #62891639
 def train_stage(run, stage, done=0):
     "The steps of a stage from `done` on, to its end or until someone asks to stop; returns the steps done. Raises a `FloatingPointError` (`check_finite`)."
     steps, checks = step_batches(run, stage, done), check_steps(stage)
     while done < stage.steps and not stopping(run):
         with run.watch:
             batches, lr = next(steps), learning_rate(done / stage.steps, stage)
-            torch.manual_seed(hash((run.seed, run.began + done, run.accelerator.process_index)) % 2 ** 63)
-            set_modes(run.model, stage.trains)
-            with keeping(run, batches, run.began + done):
-                begin_step(run.optimizers, lr)
-                loss = check_finite("loss", accumulate(run.learner, batches, run.accelerator))
-                end_step(run.model, run.optimizers, stage.clip)
+            loss = _update(run, stage, done, batches, lr)
         done += 1
         finish_step(run, stage, done, loss, lr, batches)
         if done in checks:
@@ -1243,14 +1273,20 @@ def train_stages(run, checkpoint):
         run.began += stage.steps
 
 # %% ../nbs/16_training.ipynb #aa804cd2
+def _save_whole(run):
+    with usable_model(run) as whole:
+        if main_process():
+            whole.save_pretrained(run.folder)
+    run.accelerator.wait_for_everyone()
+
+# %% ../nbs/16_training.ipynb #be65e5c3
 def train(model, stages, sources, folder, seed=0, evaluate=None, resume=False, on_step=None, on_check=None, log_every=10,
           parallel="auto", trackers=(), workers=0, best=None):
-    """Trains a `VLMamba` in `folder`, stage by stage, to the end or until Ctrl-C; returns (steps done, {cpu, wall} seconds of training).
+    """Trains a `VLMamba` in `folder`, stage by stage (VL-Mamba, section 4.1), to the end or until Ctrl-C; returns (steps done, {cpu, wall} seconds).
 
-    sources: {stage name: `Lessons` or `Batches`}. evaluate(model) -> {name: score}, on_step(`StepReport`), on_check(step, scores) are called
-    in process 0. parallel: "auto" (several processes: "ddp"), "ddp" or "fsdp". best: the score that decides, by default the first;
-    names that begin with "loss" count down. Raises a `ValueError` for what does not fit, a `FloatingPointError` with the batch
-    saved, a `RuntimeError` where a frozen tensor moved. The two stages are VL-Mamba's (section 4.1)."""
+    sources: {stage name: `Lessons` or `Batches`}. evaluate(model) -> {name: score}, on_step(`StepReport`), on_check(step, scores) are called in
+    process 0. parallel: "auto" (several processes: "ddp"), "ddp" or "fsdp". best: the score that decides, by default the first; "loss..." counts
+    down. Raises a `ValueError` for what does not fit, a `FloatingPointError` with the batch saved, a `RuntimeError` where a frozen tensor moved."""
     check_run(stages, sources, folder, resume)
     run = open_run(model, stages, sources, folder, seed, parallel, trackers, evaluate=evaluate, on_step=on_step, on_check=on_check,
                    log_every=log_every, workers=workers, best=best)
@@ -1258,10 +1294,7 @@ def train(model, stages, sources, folder, seed=0, evaluate=None, resume=False, o
         checkpoint = resume_run(run) if resume else None
         run.log = MetricsLog(run.folder / "metrics.jsonl", run.step) if main_process() else None
         train_stages(run, checkpoint)
-        with usable_model(run) as whole:
-            if main_process():
-                whole.save_pretrained(run.folder)
-        run.accelerator.wait_for_everyone()
+        _save_whole(run)
     return run.step, run.watch.spent
 
 # %% ../nbs/16_training.ipynb #991d7f72
