@@ -221,7 +221,7 @@ def load_easy(validation, test):
     return tokenizer, {split: build_set(data, tokenizer, captions=split == "train") for split, data in rows.items()}
 
 
-_EASY = TrainingConfig(steps=500, phases=((0.0, (3, 6, 0.02, 0.02, 100)), (0.4, (1, 1, 1, 3, 100))), evaluations=1)
+_EASY = TrainingConfig(steps=250, batch_size=16, phases=((0.0, (3, 6, 0.02, 0.02, 100)), (0.3, (1, 1, 1, 3, 100))), evaluations=1)
 _SHORT = replace(_EASY, steps=120, batch_size=8, phases=((0.0, (3, 6, 0.02, 0.02, 100)), (0.5, (1, 1, 1, 3, 100))))
 TASKS["easy-vqa"] = Task(_EASY, load_easy, make_batch, accuracy_by_type, (100, 1000))
 TASKS["easy-vqa-short"] = Task(_SHORT, load_easy, make_batch, accuracy_by_type, (50, 300), default=False)
@@ -326,9 +326,9 @@ def load_clevr(train, validation, test):
     return clevr_tokenizer(), sets
 
 
-_CLEVR = TrainingConfig(steps=1000, batch_size=16, questions=6, phases=CLEVR_PHASES, evaluations=1)
+_CLEVR = TrainingConfig(steps=1000, batch_size=16, questions=6, lr=2e-3, phases=CLEVR_PHASES, evaluations=1)
 TASKS |= {"sort-of-clevr": Task(_CLEVR, load_clevr, clevr_batch, clevr_score, (10_000, 100, 300), True),
-          "sort-of-clevr-long": Task(replace(_CLEVR, steps=4000, lr=2e-3, evaluations=10), load_clevr, clevr_batch, clevr_score,
+          "sort-of-clevr-long": Task(replace(_CLEVR, steps=4000, evaluations=10), load_clevr, clevr_batch, clevr_score,
                                      (10_000, 100, 500), True, False)}
 
 # %% ../nbs/19_ablations.ipynb #2cf51a5b
