@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+# %% ../nbs/19_ablations.ipynb #5dfd6188
 from .benchmark import comparison_table, timed_turn
 from .data import (CLEVR_COLORS, EOS, NON_RELATIONAL, PAD, RELATIONAL, VQASet, build_set, build_tokenizer, draw_questions,
     draw_scene, encode_turn, load_easy_vqa, normalize, pad_rows, process_images, question_table, random_scene, scene_answer, scene_questions)
@@ -306,7 +307,7 @@ def grid_positions(side, dim, size=0.5):
     line = size * torch.cat([angle.sin(), angle.cos()], 1)               # (side, dim / 2)
     return torch.cat([line[:, None].expand(side, side, -1), line.expand(side, side, -1)], -1).flatten(0, 1)
 
-
+# %% ../nbs/19_ablations.ipynb #32042f1e
 @torch.no_grad()
 def place_eyes(model):
     "Lets the positions in the vision encoder of a model begin with `grid_positions`, in place. Returns the model."
@@ -374,7 +375,7 @@ def start_row(task, row, seed=0, device="cpu"):
     model = build_row(row, tokenizer, seed)
     return (place_eyes(model) if TASKS[task].positions else model).to(device), data
 
-
+# %% ../nbs/19_ablations.ipynb #e42aab49
 def run_row(task, row, seed=0, device="cpu"):
     "Trains and examines one row of a task -> its result as a dict. ValueError for an unknown task or row."
     model, data = start_row(task, row, seed, device)
