@@ -22,7 +22,7 @@ def python(*command, folder, **variables):
 
 
 def test_interpreted(tmp_path):
-    out = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "triton_interpreted.py", folder=tmp_path, TRITON_INTERPRET="1")
+    out = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "triton_interpreted.py", folder=tmp_path, TRITON_INTERPRET="1")
     assert " passed" in out and "skipped" not in out and "failed" not in out
 
 

@@ -279,26 +279,39 @@ def _forward_steps(h, lo, hi, L, ok, a, skip, bias, io, B, C, order, how):
         h = _forward4(h, _first(t, how[8]), L, ok, a, skip, bias, io, B, C, order, how)
     return h
 
+# %% ../nbs/03_scan_triton.ipynb #090185df
+@triton.jit
+def _forward_chunks(h, first, last, saved, me, gap, L, ok, a, skip, bias, io, B, C, order, how):
+    "The steps first to last from the state h, which is saved before each chunk of `gap` steps if a backward will follow."
+    for lo in range(first, last, gap):
+        if saved is not None:
+            tl.store(saved + (me * ((L + gap - 1) // gap) + lo // gap) * a.shape[0] * a.shape[1] + _tile(a.shape[0], a.shape[1]), h)
+        h = _forward_steps(h, lo, tl.minimum(lo + gap, last), L, ok, a, skip, bias, io, B, C, order, how)
+    return h
+
+# %% ../nbs/03_scan_triton.ipynb #a946d827
+@triton.jit
+def _fixed(B, C, Bc, Cc, D, bias, b, g, i, ok, P, groups, block, L, GB: tl.constexpr, GC: tl.constexpr, BN: tl.constexpr,
+           BD: tl.constexpr):
+    "B and C (pointers to rows, or tiles), D and the bias of a program's channels."
+    B, C = _matrix(B, Bc, b, g, groups, block, L, GB, BN, BD), _matrix(C, Cc, b, g, groups, block, L, GC, BN, BD)
+    return B, C, _parameter(D, g, P, i, ok), _parameter(bias, g, P, i, ok)
+
 # %% ../nbs/03_scan_triton.ipynb #a2bd8f5e
 @triton.jit(do_not_specialize_on_alignment=["A", "Bc", "Cc", "start", "last", "saved"])
 def scan_forward(u, delta, z, y, A, B, C, Bc, Cc, D, bias, start, last, saved, order, P, blocks, groups, L, span, gap, K,
-                 GB: tl.constexpr, GC: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr,
-                 HAS_Z: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr,
-                 NEAR: tl.constexpr):
+                 GB: tl.constexpr, GC: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr,
+                 SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, READ: tl.constexpr,
+                 WRITE: tl.constexpr, NEAR: tl.constexpr):
     "The selective scan of 32 channels of a row, over one segment of the sequence; see `selective_scan_triton`."
     b, g, i, ok, block = _program(P, blocks, groups, BD, EVEN)
     seg, me, order = tl.program_id(1), tl.cast(tl.program_id(0), tl.int64), _path(order, g, K, groups, L)
     state = (me * tl.num_programs(1) + seg) * BN * BD + _tile(BN, BD)
     a, h = tl.load(A + block * BN * BD + _tile(BN, BD)) * LOG2E, tl.load(start + state)
-    B, C = _matrix(B, Bc, b, g, groups, block, L, GB, BN, BD), _matrix(C, Cc, b, g, groups, block, L, GC, BN, BD)
-    D, bias = _parameter(D, g, P, i, ok), _parameter(bias, g, P, i, ok)
+    B, C, D, bias = _fixed(B, C, Bc, Cc, D, bias, b, g, i, ok, P, groups, block, L, GB, GC, BN, BD)
     io = _channels(u, b, g, i), _channels(delta, b, g, i), _channels(z, b, g, i), _channels(y, b, g, i)
-    end = tl.minimum((seg + 1) * span, L)
-    for lo in range(seg * span, end, gap):
-        if saved is not None:
-            tl.store(saved + (me * ((L + gap - 1) // gap) + lo // gap) * BN * BD + _tile(BN, BD), h)
-        h = _forward_steps(h, lo, tl.minimum(lo + gap, end), L, ok, a, D, bias, io, B, C, order,
-                           (GB, GC, SOFTPLUS, HAS_Z, VEC, WHOLE, READ, WRITE, NEAR))
+    h = _forward_chunks(h, seg * span, tl.minimum((seg + 1) * span, L), saved, me, gap, L, ok, a, D, bias, io,
+                        B, C, order, (GB, GC, SOFTPLUS, HAS_Z, VEC, WHOLE, READ, WRITE, NEAR))
     tl.store(last + state, h)
 
 # %% ../nbs/03_scan_triton.ipynb #86ac33a4
@@ -309,7 +322,7 @@ def scan_segments(programs, L):
     """Into how many segments a sequence of L steps is cut, given how many programs (32 channels of a row each) there are.
 
     An H200 has 132 x 4 schedulers, and two programs for each keep it busy. Cutting costs a second pass over the sequence,
-    so nothing is cut where there is a quarter of that already, and no segment is shorter than 256 steps.
+    so nothing is cut where there is more than a quarter of that already, and into pieces of some 256 steps at least.
     """
     full = 2 * 4 * H200["processors"]
     return 1 if 4 * programs > full else max(1, min(full // programs, L // 256))
@@ -322,18 +335,15 @@ def _groups(B, C, K):
 
 # %% ../nbs/03_scan_triton.ipynb #3c9102b0
 class Plan:
-    """How the kernels cut up a scan: a plain function of the shapes (and of `cut`, if the number of segments is given).
-
-    u (B, D, L); A (D, N); B, C in any form; order (K, L) or None. See the comments for what the attributes count.
-    """
+    """How the kernels cut up a scan of u (B, D, L), A (D, N), B and C in any form, order (K, L) or None: by the shapes alone.
+    `cut`: the number of segments, where it is not for `scan_segments` to say. The comments tell what the attributes count."""
     def __init__(self, u, A, B, C, cut=None, order=None):
         (self.rows, _, self.L), (self.channels, self.N) = u.shape, A.shape
         self.K = 1 if order is None else len(order)                             # paths
         self.GB, self.GC, self.groups = _groups(B, C, self.K)
         self.P = self.channels // self.groups                                   # channels of a group
         self.BD, self.BN = 32, max(4, 1 << (self.N - 1).bit_length())           # channels and state entries of a tile
-        self.warps = max(1, self.BN // 16)                                      # 16 state entries for each thread
-        self.blocks = -(-self.P // self.BD)                                     # of a group
+        self.warps, self.blocks = max(1, self.BN // 16), -(-self.P // self.BD)  # 16 entries a thread; blocks of a group
         self.tiles = self.groups * self.blocks                                  # of a row
         cut = scan_segments(self.rows * self.tiles, self.L) if cut is None else cut
         self.span = -(-self.L // (cut * GAP)) * GAP                             # steps of a segment
@@ -677,8 +687,9 @@ def _store_sums(sums, D, bias, me, gstart, gA, gB, gC, gD, gbias, GB: tl.constex
 
 # %% ../nbs/03_scan_triton.ipynb #06468e94
 @triton.jit
-def _slab(X, b, g, groups, rows, L, BN: tl.constexpr, blocks):
-    "Where this program's rows of the gradient of B or C start: (blocks, B, G, L, BN)."
+def _slab(X, at, L, BN: tl.constexpr):
+    "Where this program's rows of the gradient of B or C start: (blocks, B, G, L, BN). at: b, g, groups, rows, blocks."
+    b, g, groups, rows, blocks = at
     slab = (tl.cast(tl.program_id(0) % blocks, tl.int64) * rows + b) * groups + g
     return X + slab * ((L + 3) // 4 * 4) * BN + tl.arange(0, BN)
 
@@ -697,8 +708,13 @@ def _backward_start(end, BN: tl.constexpr, BD: tl.constexpr):
 
 # %% ../nbs/03_scan_triton.ipynb #b6d5983a
 @triton.jit
-def _chunks(sums, gD, gbias, first, last, saved, gap, L, ok, a, skip, bias, io, B, C, gB, gC, scratch, order, how):
-    "The steps first to last, chunk by chunk from the right, each from the state that the forward saved before it."
+def _chunks(pid, me, seg, span, end, saved, scratch, slab, gap, L, ok, a, skip, bias, io, B, C, gB, gC, order, how):
+    "The steps of a segment, chunk by chunk from the right, each from the state that the forward saved before it."
+    sums, gD, gbias = _backward_start(end + me * a.shape[0] * a.shape[1], a.shape[0], a.shape[1])
+    gB, gC = _slab(gB, slab, L, a.shape[0]), _slab(gC, slab, L, a.shape[0])
+    saved += pid * ((L + gap - 1) // gap) * a.shape[0] * a.shape[1]
+    first, last = seg * span, tl.minimum((seg + 1) * span, L)
+    scratch = _scratch(scratch, me, gap, a.shape[0], a.shape[1])
     for j in range(0, (last - first + gap - 1) // gap):
         lo = first + ((last - first + gap - 1) // gap - 1 - j) * gap
         h = tl.load(saved + lo // gap * a.shape[0] * a.shape[1] + _tile(a.shape[0], a.shape[1]))
@@ -709,22 +725,17 @@ def _chunks(sums, gD, gbias, first, last, saved, gap, L, ok, a, skip, bias, io, 
 # %% ../nbs/03_scan_triton.ipynb #045bdc1f
 @triton.jit
 def scan_backward(u, delta, z, gy, gu, gdelta, gz, A, B, C, Bc, Cc, D, bias, saved, scratch, end, gstart, gA, gB, gC, gD,
-                  gbias, order, P, blocks, groups, rows, L, span, gap, K, GB: tl.constexpr, GC: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-                  EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr,
-                  READ: tl.constexpr, WRITE: tl.constexpr, NEAR: tl.constexpr):
+                  gbias, order, P, blocks, groups, rows, L, span, gap, K, GB: tl.constexpr, GC: tl.constexpr, BN: tl.constexpr,
+                  BD: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, VEC: tl.constexpr,
+                  WHOLE: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr, NEAR: tl.constexpr):
     "All gradients of 32 channels of a row over one segment, from right to left, from the states that the forward saved."
     b, g, i, ok, block = _program(P, blocks, groups, BD, EVEN)
     pid, seg, order = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1), _path(order, g, K, groups, L)
     me, a = pid * tl.num_programs(1) + seg, tl.load(A + block * BN * BD + _tile(BN, BD)) * LOG2E
-    B, C = _matrix(B, Bc, b, g, groups, block, L, GB, BN, BD), _matrix(C, Cc, b, g, groups, block, L, GC, BN, BD)
-    D, bias = _parameter(D, g, P, i, ok), _parameter(bias, g, P, i, ok)
+    B, C, D, bias = _fixed(B, C, Bc, Cc, D, bias, b, g, i, ok, P, groups, block, L, GB, GC, BN, BD)
     io = _backward_tensors(u, delta, z, gy, gu, gdelta, gz, b, g, i)
-    sums, sum_D, sum_bias = _backward_start(end + me * BN * BD, BN, BD)
-    pB, pC = _slab(gB, b, g, groups, rows, L, BN, blocks), _slab(gC, b, g, groups, rows, L, BN, blocks)
-    saved += pid * ((L + gap - 1) // gap) * BN * BD
-    sums, sum_D, sum_bias = _chunks(sums, sum_D, sum_bias, seg * span, tl.minimum((seg + 1) * span, L), saved, gap, L, ok, a, D, bias,
-                                    io, B, C, pB, pC, _scratch(scratch, me, gap, BN, BD), order,
-                                    (GB, GC, SOFTPLUS, HAS_Z, VEC, WHOLE, READ, WRITE, NEAR))
+    sums, sum_D, sum_bias = _chunks(pid, me, seg, span, end, saved, scratch, (b, g, groups, rows, blocks), gap, L, ok, a, D, bias,
+                                    io, B, C, gB, gC, order, (GB, GC, SOFTPLUS, HAS_Z, VEC, WHOLE, READ, WRITE, NEAR))
     _store_sums(sums, sum_D, sum_bias, me, gstart, gA, gB, gC, gD, gbias, GB, GC)
 
 # %% ../nbs/03_scan_triton.ipynb #015cb54d
