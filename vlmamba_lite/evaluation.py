@@ -30,7 +30,7 @@ import string
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from textwrap import fill, shorten
 from typing import NamedTuple
@@ -138,11 +138,16 @@ def pick_samples(predictions, data, count=8, seed=0):
     return rows
 
 # %% ../nbs/17_evaluation.ipynb #a1609e18
+def _sample_title(question, given, true):
+    "A question, the answer given, and the true one where that is another, in short lines."
+    return f"{fill(question, 24)}\n{given if given == true else fill(f'{given} (true: {true})', 24)}"
+
+
 def _draw_sample(axis, picture, question, given, true):
-    "A picture (h, w, 3) with its question, the answer given, and the true one where that is another."
-    verdict = given if given == true else fill(f"{given} (true: {true})", 24)
+    "A picture (h, w, 3) with what was asked and answered; red where that was wrong."
+    axis.axis("off")
     axis.imshow(picture)
-    axis.set_title(f"{fill(question, 24)}\n{verdict}", fontsize=8, color="black" if given == true else "firebrick",
+    axis.set_title(_sample_title(question, given, true), fontsize=8, color="black" if given == true else "firebrick",
                    parse_math=False)                                      # an answer may hold dollars
 
 # %% ../nbs/17_evaluation.ipynb #56a89b17
@@ -152,14 +157,12 @@ def sample_sheet(samples, path=None):
         raise ValueError("samples: got none, need at least one")
     from matplotlib.figure import Figure                                  # only who draws pays for the import
     columns, lines = min(4, len(samples)), -(-len(samples) // 4)
-    figure = Figure(figsize=(1.75 * columns, 2.3 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
-    for axis, sample in zip_longest(axes, samples):
-        axis.axis("off")
-        if sample is not None:
-            _draw_sample(axis, *sample)
+    title = max(_sample_title(*sample[1:]).count("\n") + 1 for sample in samples)              # lines of the longest
+    figure = Figure(figsize=(1.75 * columns, max(2.3, 1.78 + 0.15 * title) * lines), layout="constrained")
+    for i, sample in enumerate(samples):
+        _draw_sample(figure.add_subplot(lines, columns, i + 1), *sample)
     if path is not None:
-        write_atomically(path, lambda part: figure.savefig(part, dpi=150, format="png"))
+        write_atomically(path, lambda part: figure.savefig(part, dpi=150, format="png", bbox_inches="tight"))
     return figure
 
 # %% ../nbs/17_evaluation.ipynb #53cf4dae
@@ -225,7 +228,7 @@ def vqa_answer(text):
 
 
 def evalai_answer(text):
-    "An answer as TextVQA's and lmms-eval's `EvalAIAnswerProcessor` compares it: as `vqa_answer`, after commas and question marks go and 's is cut off."
+    "An answer as TextVQA's and lmms-eval's `EvalAIAnswerProcessor` compares it: as `vqa_answer`, after commas and question marks go and 's becomes a word."
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     return plain_words(strip_punctuation(one_line(text)))
 
