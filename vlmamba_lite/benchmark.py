@@ -10,7 +10,7 @@ __all__ = ['SCAN_SHAPES', 'LONGEST', 'SSD_SHAPES', 'CARDS', 'BLOCKS', 'WRITING',
            'block_parts', 'whole_step', 'mamba_peer', 'bench_block', 'plot_parts', 'bench_directions', 'scaling_models',
            'state_bytes', 'read_in_pieces', 'write_some', 'reading_costs', 'bench_scaling', 'slope', 'exponents',
            'plot_scaling', 'card_limits', 'step_operations', 'runnable_blocks', 'use_blocks', 'random_model',
-           'random_rows', 'training_form', 'training_numbers', 'gpu_name', 'most_held', 'bench_training',
+           'random_rows', 'training_form', 'training_numbers', 'gpu_name', 'most_held', 'race_blocks', 'bench_training',
            'writing_form', 'bench_generation']
 
 # %% ../nbs/18_scaling.ipynb #7636b6eb
@@ -22,6 +22,7 @@ import math
 import os
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -30,22 +31,19 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+# %% ../nbs/18_scaling.ipynb #624bd5d5
+from PIL import Image
+
 from .language_model import MambaConfig, MambaLM
 from .mamba import Mamba, causal_conv1d, conv_backends
+from .mamba2 import Mamba2
+from .model import MODEL_PRESETS, VLMamba, count_parameters, picture_pixels
 from .scan import backends, selective_scan
 from .scan_parallel import selective_scan_chunked, selective_scan_cpp, without_compiler
 from .ssd import ssd, ssd_backends, ssd_chunked
-from .vss import VSS
-
-# %% ../nbs/18_scaling.ipynb #624bd5d5
-from dataclasses import replace
-
-from PIL import Image
-
-from .mamba2 import Mamba2
-from .model import MODEL_PRESETS, VLMamba, count_parameters, picture_pixels
 from .training import (RECIPES, Learner, accumulate, begin_step, build_optimizers, end_step, freeze, make_accelerator,
                                    set_modes)
+from .vss import VSS
 
 # %% ../nbs/18_scaling.ipynb #1af66d98
 def timed_turn(run, times):
@@ -518,26 +516,29 @@ def most_held(form):
     form()
     return torch.cuda.max_memory_allocated()
 
+# %% ../nbs/18_scaling.ipynb #0b9af066
+def race_blocks(step, repeats):
+    "Seconds, in turns, and the most bytes held of `step(name)`, for each name of `runnable_blocks`."
+    wait = synchronised if torch.cuda.is_available() else partial
+    forms = {name: wait(partial(step, name)) for name in runnable_blocks()}
+    peaks = {name: most_held(form) for name, form in forms.items()}
+    return {name: dict(**times, peak_bytes=peaks[name]) for name, times in side_by_side(forms, repeats).items()}
+
 # %% ../nbs/18_scaling.ipynb #a98680a8
 def bench_training(preset="vl-mamba-2.8b", rows=8, length=512, batch_size=128, repeats=5, seed=0):
     """Training steps of stage "instruct" (LLaVA-1.5's: an assumption for VL-Mamba) with our blocks and the official ones, in turns.
 
-    `rows` is the micro-batch, `length` the tokens of text in a row. Raises a ValueError where it does not divide `batch_size`, and that of `random_model`."""
+    `rows` is the micro-batch, `length` the tokens of text in a row. Raises a ValueError where it does not divide `batch_size`, and that of
+    `random_model`."""
     if rows > batch_size or batch_size % rows:
         raise ValueError(f"batch_size: got {batch_size}, need a multiple of the {rows} rows of a micro-batch")
     stage = replace(RECIPES["vl-mamba"][1], batch_size=batch_size, precision="bf16" if torch.cuda.is_available() else "fp32")
     model = random_model(preset, seed)
-    wait = synchronised if torch.cuda.is_available() else partial
-    step, peaks = training_form(model, stage, rows, length, seed), {}
-    forms = {name: wait(partial(step, name)) for name in runnable_blocks()}
-    for name, form in forms.items():
-        peaks[name] = most_held(form)
-    visual = batch_size * model.see(random_rows(model, 1, 1)[0]).shape[1]
-    text = batch_size * length
-    operations, times = step_operations(model, visual, text), side_by_side(forms, repeats)
-    return dict(visual_tokens=visual, text_tokens=text, operations=operations, parameters=count_parameters(model), blocks={
-        name: dict(**times[name], peak_bytes=peaks[name], **training_numbers(times[name]["wall_seconds"], visual + text, operations, gpu_name()))
-        for name in forms})
+    raced = race_blocks(training_form(model, stage, rows, length, seed), repeats)
+    visual, text = batch_size * model.see(random_rows(model, 1, 1)[0]).shape[1], batch_size * length
+    operations = step_operations(model, visual, text)
+    blocks = {name: dict(**run, **training_numbers(run["wall_seconds"], visual + text, operations, gpu_name())) for name, run in raced.items()}
+    return dict(visual_tokens=visual, text_tokens=text, operations=operations, parameters=count_parameters(model), blocks=blocks)
 
 # %% ../nbs/18_scaling.ipynb #0fd7f58d
 WRITING = {"ML-Mamba, A100 (the paper's, table 3)": 171.0, "Cobra, A100 (its paper's)": 166.47}        # tokens a second
@@ -553,7 +554,9 @@ def writing_form(model, tokens, graph):
 
 # %% ../nbs/18_scaling.ipynb #f3e2c952
 def bench_generation(preset="vl-mamba-2.8b", tokens=256, repeats=5, seed=0):
-    "Tokens a second of an answer, batch 1, picture included, step by step and, on a GPU, as a CUDA graph (its capture included); beside the limit of the memory and the papers'."
+    """Tokens a second of an answer, batch 1, picture included, step by step and, on a GPU, as a CUDA graph (its capture included).
+
+    Beside them the limit that the memory sets, and the papers' figures. Raises what `random_model` does."""
     model = random_model(preset, seed).eval()
     model = model.bfloat16() if torch.cuda.is_available() else model
     wait = synchronised if torch.cuda.is_available() else partial
