@@ -533,8 +533,8 @@ def plot_rows(results, task, rows, measure="all", ax=None):
         ax.plot(values, [y] * len(values), "o", color="0.7", ms=4)
         middle, half = interval(values)
         ax.errorbar(middle, y + 0.28, xerr=0 if math.isinf(half) else half, fmt="o", color="C0", ms=4, capsize=2)
-    ax.set(yticks=range(len(rows)), yticklabels=[ROWS[row].label for row in rows], xlabel=f"{task}, {measure}: test accuracy, %")
-    ax.invert_yaxis()
+    ax.set(yticks=range(len(rows)), yticklabels=[ROWS[row].label for row in rows], ylim=(len(rows) - 0.4, -0.4),
+           xlabel=f"{task}, {measure}: test accuracy, %")
     return ax
 
 # %% ../nbs/19_ablations.ipynb #2af11ba0
