@@ -116,8 +116,7 @@ def selective_scan_reference(u, delta, A, B, C, D=None, z=None, delta_bias=None,
     u, delta, z (B, D, L); A (D, N) real, no entry positive; B, C (D, N), (B, N, L) or (B, G, N, L); D, delta_bias (D,);
     initial_state (B, D, N). Returns y (B, D, L) in u's dtype and, with `return_last_state`, the state after the last
     token (B, D, N) in float32 (float64 for float64 inputs), both differentiable. Raises `ValueError` on arguments that
-    do not fit. Names and shapes are those of `selective_scan_fn` of mamba_ssm, plus the state.
-    """
+    do not fit. Names and shapes are those of `selective_scan_fn` of mamba_ssm, plus the state."""
     x, dt, A, Bg, Cg, h = prepare_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
     ys = []
     for x_t, dt_t, B_t, C_t in zip(*(i.unbind(-1) for i in (x, dt, Bg, Cg))):
