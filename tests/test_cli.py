@@ -563,6 +563,24 @@ def test_help_and_version_do_not_wait_for_torch():
         assert said.code == 0 and all(word.lower() in said.out.lower() for word in words), said.out
 
 
+def commands(command, *names):
+    "(words to type, command) of every command of the program."
+    yield names, command
+    for name, one in getattr(command, "commands", {}).items():
+        yield from commands(one, *names, name)
+
+
+def test_every_option_has_its_help_and_nothing_is_cut_off(monkeypatch):
+    import typer
+
+    from vlmamba_lite.cli import app
+    monkeypatch.setenv("COLUMNS", "80")
+    for names, command in commands(typer.main.get_command(app)):
+        assert all(getattr(parameter, "help", None) for parameter in command.params if parameter.name != "help"), names
+        said = vlmamba(*names, "--help")
+        assert said.code == 0 and "\u2026" not in said.out and max(map(len, said.out.splitlines())) <= 80, (names, said.out)
+
+
 # bench
 
 def test_bench_prefix_writes_a_result(tmp_path, small, make_model, monkeypatch):
