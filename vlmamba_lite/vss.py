@@ -287,12 +287,17 @@ def _vss(mixers, x, order):
         return _shared_launch(mixers, x, order) if shared else _own_launch(mixers, x, order)
     return _shared_form(mixers[0], x, order) if shared else _own_form(mixers, x, order)
 
-
+# %% ../nbs/06_vss.ipynb #0ddfda20
 def _order_of(vss, x, size):
     "The order of a module's scans over x, and what to divide their sum by. Raises a `ValueError` if size does not fit x."
     check_tokens(x, size, vss.dim)
     order = _order_on(size, vss.scan, x.device)
     return order, len(order) if vss.merge == "mean" else 1
+
+
+def _run(form, vss, x, size):
+    order, parts = _order_of(vss, x, size)
+    return form(vss.mixers, x, order) / parts
 
 # %% ../nbs/06_vss.ipynb #efeb6283
 class VSS(nn.Module):
@@ -308,13 +313,11 @@ class VSS(nn.Module):
 
     def forward(self, x, size):
         "x (B, height * width, dim), size (height, width) -> (B, height * width, dim)"
-        order, parts = _order_of(self, x, size)
-        return _vss(self.mixers, x, order) / parts
+        return _run(_vss, self, x, size)
 
     def directions(self, x, size):
         "What each scan adds to the output, by definition: (B, K, height * width, dim), whose sum is the output."
-        order, parts = _order_of(self, x, size)
-        return vss_directions(self.mixers, x, order) / parts
+        return _run(vss_directions, self, x, size)
 
 # %% ../nbs/06_vss.ipynb #77bbd771
 def _zigzag(height, width, device=None):
@@ -349,9 +352,9 @@ PATHS.update(zigzag=_zigzag, diagonal=_diagonal, hilbert=_hilbert)
 SCANS.update(zigzag=["zigzag"], diagonal=["diagonal"], hilbert=["hilbert"])
 
 # %% ../nbs/06_vss.ipynb #902ed0f3
-def _ss2d_parameters(dim, directions, **mamba_args):
+def _ss2d_parameters(dim, scan, **mamba_args):
     "The scans' parameters under VMamba's names, each direction initialised as a Mamba layer is."
-    weights = direction_weights([Mamba(dim, **mamba_args) for _ in range(directions)])
+    weights = direction_weights([Mamba(dim, **mamba_args) for _ in scan_order(1, 1, scan)])
     x_proj, dt_proj, dt_bias, A_log, D = (nn.Parameter(w.detach()) for w in weights)
     A_log, D = nn.Parameter(A_log.detach().flatten(0, 1)), nn.Parameter(D.detach().flatten())
     A_log._no_weight_decay = D._no_weight_decay = dt_bias._no_reinit = True
@@ -361,22 +364,19 @@ def _ss2d_parameters(dim, directions, **mamba_args):
 class SS2D(nn.Module):
     """VMamba's 2-D selective scan (arXiv 2401.10166, section 4.2), vanilla form, parameter names as in its code.
 
-    `scan`: a name of `SCANS`; `backend`: of `selective_scan`; the sizes are those of a `Mamba` layer.
-    """
+    `scan`: a name of `SCANS`; `backend`: of `selective_scan`; the sizes are those of a `Mamba` layer."""
     def __init__(self, dim, d_state=16, d_conv=3, expand=2, dt_rank="auto", scan="csm", backend="auto"):
         super().__init__()
         self.dim, self.scan, self.backend, d_inner = dim, scan, backend, int(expand * dim)
         self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False)
         self.conv2d = nn.Conv2d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv // 2)
-        K = len(scan_order(1, 1, scan))
-        for name, p in _ss2d_parameters(dim, K, d_state=d_state, expand=expand, dt_rank=dt_rank).items():
+        for name, p in _ss2d_parameters(dim, scan, d_state=d_state, expand=expand, dt_rank=dt_rank).items():
             self.register_parameter(name, p)
         self.out_norm = nn.LayerNorm(d_inner)
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
 
     def forward(self, x, size):
         "x (B, height * width, dim), size (height, width) -> (B, height * width, dim). Raises `ValueError` as `check_tokens`."
-        check_tokens(x, size, self.dim)
         return _ss2d(self, x, size)
 
 # %% ../nbs/06_vss.ipynb #43f55f95
@@ -390,6 +390,7 @@ def _picture_scan(u, weights, order, backend):
 # %% ../nbs/06_vss.ipynb #63c2284c
 def _ss2d(m, x, size):
     "in_proj -> 3 x 3 convolution, SiLU -> cross scan, K selective scans, cross merge -> LayerNorm -> gate -> out_proj"
+    check_tokens(x, size, m.dim)
     u, z = m.in_proj(x).chunk(2, -1)                                     # (B, L, d_inner) each
     u = F.silu(m.conv2d(u.mT.unflatten(2, size))).flatten(2).mT
     K, order = len(m.x_proj_weight), _order_on(size, m.scan, x.device)
@@ -399,7 +400,7 @@ def _ss2d(m, x, size):
 
 # %% ../nbs/06_vss.ipynb #246719cd
 class VMambaBlock(nn.Module):
-    "VMamba's vanilla block (arXiv 2401.10166, section 4.2): x + SS2D(LayerNorm(x)), with the arguments of `SS2D`."
+    "VMamba's vanilla block (arXiv 2401.10166, section 4): x + SS2D(LayerNorm(x)), with the arguments of `SS2D`."
     def __init__(self, dim, **ss2d_args):
         super().__init__()
         self.norm, self.op = nn.LayerNorm(dim), SS2D(dim, **ss2d_args)
@@ -451,8 +452,7 @@ def plot_patch_maps(maps, titles=None, at=(), decades=0, axes=None):
     """Pictures of patch maps (n, height, width), each relative to its largest value; grey where exactly zero.
 
     at: a (row, column) to mark on every map, or a list of one for each. decades: how many a logarithmic scale shows,
-    0 for a linear scale. Returns the axes.
-    """
+    0 for a linear scale. Returns the axes."""
     import matplotlib.pyplot as plt
     if axes is None:
         axes = plt.subplots(1, len(maps), figsize=(min(6, 1.3 * len(maps) + 0.5), 1.6), squeeze=False)[1][0]
