@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 
+# %% ../nbs/15_vlmamba.ipynb #3b82a723
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from PIL import Image
@@ -184,6 +185,14 @@ ABLATIONS = {f"{preset.rpartition('-')[0]}/{table}/{row}": (preset, changes)    
              for table, rows in tables.items() for row, changes in rows.items()}
 
 # %% ../nbs/15_vlmamba.ipynb #be46ee70
+def _paper_config(name, vocab_size):
+    if name not in PAPER_PRESETS:
+        raise ValueError(f"preset: got {name!r}, need one of {sorted(MODEL_PRESETS | PAPER_PRESETS)} or a row of ABLATIONS")
+    parts = PAPER_PRESETS[name]
+    language = language_config(parts["language"], vocab_size or 50277)
+    return VLMambaConfig(eye_spec(parts["vision"]), parts["connector"], {"scan": parts["scan"]}, language)
+
+# %% ../nbs/15_vlmamba.ipynb #626e3075
 def preset_config(name, vocab_size=None, **changes):
     """The `VLMambaConfig` of a preset or a row of `ABLATIONS`, `override`n. vocab_size: by default GPT-NeoX's for the papers' models.
 
@@ -195,12 +204,7 @@ def preset_config(name, vocab_size=None, **changes):
         if vocab_size is None:
             raise ValueError(f"vocab_size: got None, need the number of words for the preset {name!r}")
         return override(MODEL_PRESETS[name](vocab_size), **changes)
-    if name not in PAPER_PRESETS:
-        raise ValueError(f"preset: got {name!r}, need one of {sorted(MODEL_PRESETS | PAPER_PRESETS)} or a row of ABLATIONS")
-    parts = PAPER_PRESETS[name]
-    language = language_config(parts["language"], vocab_size or 50277)
-    config = VLMambaConfig(eye_spec(parts["vision"]), parts["connector"], {"scan": parts["scan"]}, language)
-    return override(config, **changes)
+    return override(_paper_config(name, vocab_size), **changes)
 
 # %% ../nbs/15_vlmamba.ipynb #04699061
 class Placed(nn.Module):
@@ -302,13 +306,20 @@ def picture_pixels(model, image):
     return preprocess(to_rgb(image) if isinstance(image, Image.Image) else image).to(model.device, model.dtype)
 
 # %% ../nbs/15_vlmamba.ipynb #430624c0
+def _usual_template(tokenizer):
+    return "zephyr" if tokenizer.token_to_id(EOS) is None else "lite"
+
+
+def _up_to(stops, ids):
+    return ids[:next((i for i, token in enumerate(ids) if token in stops), len(ids))]
+
+# %% ../nbs/15_vlmamba.ipynb #3ba54a1b
 class Speech:
     "How a model is spoken to. template: by default 'lite' for a tokenizer with `<eos>`, else 'zephyr'."
 
     def __init__(self, model, template=None):
-        if template is None:
-            template = "zephyr" if model.tokenizer.token_to_id(EOS) is None else "lite"
-        self.template, self.codec = pick_template(template), Codec(model.tokenizer)
+        self.template = pick_template(_usual_template(model.tokenizer) if template is None else template)
+        self.codec = Codec(model.tokenizer)
         self.end = self.codec.literal(self.template.end)
         self.stops = sorted({self.codec.eos_id, *(self.end if len(self.end) == 1 else [])})
 
@@ -320,8 +331,7 @@ class Speech:
 
     def text(self, ids):
         "What new tokens say, up to the end of the answer; special tokens are left out."
-        ids = ids[:next((i for i, token in enumerate(ids) if token in self.stops), len(ids))]
-        return self.codec.tokenizer.decode(ids).removeprefix(self.template.space)
+        return self.codec.tokenizer.decode(_up_to(self.stops, ids)).removeprefix(self.template.space)
 
 # %% ../nbs/15_vlmamba.ipynb #059d0900
 def check_state(model, state):
@@ -340,6 +350,16 @@ def check_state(model, state):
     return state
 
 # %% ../nbs/15_vlmamba.ipynb #080eaf24
+@contextmanager
+def _evaluating(model):
+    "A context in which a model is in evaluation mode: BatchNorm must not learn from, nor judge by, one picture."
+    was_training = model.training
+    try:
+        yield model.eval()
+    finally:
+        model.train(was_training)
+
+# %% ../nbs/15_vlmamba.ipynb #255cb4b3
 class ReadingMixin:
     "From pictures to states: `read_image`, `seen`."
 
@@ -351,11 +371,8 @@ class ReadingMixin:
         if state is not None:
             check_state(self, state)
         pixels = picture_pixels(self, image)
-        was_training = self.training
-        try:
-            return self.eval().read(pixels, state)     # BatchNorm must not learn from, nor judge by, one picture
-        finally:
-            self.train(was_training)
+        with _evaluating(self):
+            return self.read(pixels, state)
 
     def seen(self, image):
         "The state of a PIL picture, or the state itself. Raises ValueError for one of another model."
@@ -403,7 +420,21 @@ def one_each(model, images, count):
     return [type(parts[0])(*map(torch.cat, zip(*parts))) for parts in rows]
 
 # %% ../nbs/15_vlmamba.ipynb #81a75805
-class ChatState:
+class _Continued:
+    "Reads on from a state, `kept`, in a model."
+
+    def tensor(self, ids):
+        "Ids as a row (1, L) where the model is."
+        return torch.tensor([ids], device=self.model.device)
+
+    @torch.no_grad()
+    def read(self, ids):
+        "Goes on by some ids."
+        if ids:
+            self.kept = self.model.language.hidden(self.tensor(ids), state=self.kept)[1]
+
+# %% ../nbs/15_vlmamba.ipynb #eb4ecc26
+class ChatState(_Continued):
     """What a conversation has come to: the state after what was read, and the ids that are still to be read.
 
     Raises ValueError for a state of another model."""
@@ -415,16 +446,6 @@ class ChatState:
             check_state(model, state)
         if image is not None:
             self.show(image)
-
-    def tensor(self, ids):
-        "Ids as a row (1, L) where the model is."
-        return torch.tensor([ids], device=self.model.device)
-
-    @torch.no_grad()
-    def read(self, ids):
-        "Goes on by some ids."
-        if ids:
-            self.kept = self.model.language.hidden(self.tensor(ids), state=self.kept)[1]
 
 # %% ../nbs/15_vlmamba.ipynb #fd1a864f
 class ChatPictures(ChatState):
@@ -443,21 +464,27 @@ class ChatPictures(ChatState):
         self.kept = self.model.seen(image) if before is None else self.model.read_image(image, before)
 
 # %% ../nbs/15_vlmamba.ipynb #39533669
+def _pieces(speech, tokens, new):
+    "Yields what tokens say, bit by bit; their ids go into the list `new`."
+    shown = ""
+    for token in tokens:
+        new.append(token.item())
+        answer = speech.text(new)
+        if answer.startswith(shown) and not answer.endswith("\ufffd"):           # half a character waits for its end
+            yield answer[len(shown):]
+            shown = answer
+
+# %% ../nbs/15_vlmamba.ipynb #65d83f71
 class Chat(ChatPictures):
     "A conversation, `model.chat(picture)`: `say` for a turn, `stream` for one that comes bit by bit, `show` for a picture."
 
     def stream(self, text, max_new_tokens=64, **options):
         "Yields the answer in pieces. options: temperature, top_p, generator, ... of `MambaLM.stream`."
-        speech, before, new, shown = self.speech, self.kept, [], ""
-        ids = self.pending + speech.ask(text, not self.begun)
+        before, new, ids = self.kept, [], self.pending + self.speech.ask(text, not self.begun)
         self.read(ids[:-1])
         try:
-            for token in self.model.language.stream(self.tensor(ids[-1:]), max_new_tokens, speech.stops, state=self.kept, **options):
-                new.append(token.item())
-                answer = speech.text(new)
-                if answer.startswith(shown) and not answer.endswith("\ufffd"):   # half a character waits for its end
-                    yield answer[len(shown):]
-                    shown = answer
+            last, stops = self.tensor(ids[-1:]), self.speech.stops
+            yield from _pieces(self.speech, self.model.language.stream(last, max_new_tokens, stops, state=self.kept, **options), new)
         finally:
             self.finish(text, ids, new, before)
 
@@ -562,6 +589,12 @@ def check_weights(weights):
     return weights
 
 # %% ../nbs/15_vlmamba.ipynb #a816c44f
+def _random_model(cls, name, tokenizer, device, dtype, vocab_size, changes):
+    words = tokenizer.get_vocab_size() if vocab_size is None and tokenizer is not None else vocab_size
+    with torch.device(device):
+        return cls(preset_config(name, words, **changes), tokenizer).to(dtype)
+
+# %% ../nbs/15_vlmamba.ipynb #ef7363da
 class PresetMixin(PartsMixin):
     "Models by the name of a preset: `from_preset`."
 
@@ -572,9 +605,7 @@ class PresetMixin(PartsMixin):
         weights: "random" (device="meta" for shapes alone), "published", or {"vision": , "language": [, "connector": ]}, folders
         or Hub names, the last one a saved model. Raises FileNotFoundError or ValueError that names the argument."""
         if weights == "random":
-            words = tokenizer.get_vocab_size() if vocab_size is None and tokenizer is not None else vocab_size
-            with torch.device(device):
-                return cls(preset_config(name, words, **changes), tokenizer).to(dtype)
+            return _random_model(cls, name, tokenizer, device, dtype, vocab_size, changes)
         sources = dict(check_weights(published_sources(name, **changes) if weights == "published" else weights))
         config, trained = preset_config(name, vocab_size or 1, **changes), sources.pop("connector", None)
         model = cls.from_parts(**sources, connector=config.connector, connector_args=config.connector_args, tokenizer=tokenizer,
@@ -813,6 +844,8 @@ tags:
 ---
 
 """
+
+# %% ../nbs/15_vlmamba.ipynb #e0dc89db
 CARD = """# A VL-Mamba
 
 Vision encoder `{vision}`, connector `{connector}`, language model `{mixer}` of {n_layer} layers and width {d_model}.
@@ -934,6 +967,11 @@ class Slots:
             raise KeyReport(name, self.missing, self.unexpected, self.misshaped, self.unequal)
 
 # %% ../nbs/15_vlmamba.ipynb #1cd7c19a
+def _own_copy(tensor, device, dtype):
+    "A tensor that is no longer a window into the file. dtype: of floating-point tensors."
+    return tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+
+# %% ../nbs/15_vlmamba.ipynb #27be281c
 def fill_slot(model, slots, name, shape, read, device=None, dtype=None):
     "A tensor of a file, `read()`: put where it belongs, or noted where it does not fit. dtype: of floating-point tensors."
     need, names = slots.of.get(name, (None, ()))
@@ -943,8 +981,7 @@ def fill_slot(model, slots, name, shape, read, device=None, dtype=None):
         slots.misshaped[name] = shape, need
         slots.missing.discard(names[0])
     else:
-        tensor = read()
-        tensor = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)     # no longer a window into the file
+        tensor = _own_copy(read(), device, dtype)
         if names[0] in slots.missing:
             put_tensor(model, names, tensor)
             slots.missing.remove(names[0])
@@ -957,7 +994,7 @@ def read_tensor(path, name):
     with safe_open(path, "pt") as file:
         return file.get_tensor(name)
 
-
+# %% ../nbs/15_vlmamba.ipynb #5ed8cf14
 def fill_model(model, paths, device=None, dtype=None):
     """Fills a model that is on the meta device with the tensors of safetensors files. dtype: None keeps that of the files.
 
@@ -1002,6 +1039,15 @@ class VLMamba(SaveMixin, PresetMixin, Answerer):
         return fill_model(model, weights, device, dtype).eval()
 
 # %% ../nbs/15_vlmamba.ipynb #99331286
+def _connector_tensors(paths):
+    tensors = {}
+    for path in paths:
+        with naming(path):
+            found = {name: read() for name, _, read in tensors_in(path) if name.startswith("connector.")}
+            tensors |= {name.removeprefix("connector."): tensor for name, tensor in found.items()}
+    return tensors
+
+# %% ../nbs/15_vlmamba.ipynb #e96e07b1
 def load_connector(model, folder):
     "Puts the connector of a saved VL-Mamba into a model, which is returned. ValueError where kind or widths differ."
     config, _, *weights = model_files(folder)
@@ -1011,11 +1057,7 @@ def load_connector(model, folder):
     if got != need:
         text = "{} from width {} to {}"
         raise ValueError(f"connector: got {text.format(*got)} in {folder}, need {text.format(*need)}")
-    tensors = {}
-    for path in weights:
-        with naming(path):
-            found = {name: read() for name, _, read in tensors_in(path) if name.startswith("connector.")}
-            tensors |= {name.removeprefix("connector."): tensor for name, tensor in found.items()}
+    tensors = _connector_tensors(weights)
     with naming(weights[0]):
         model.connector.load_state_dict(tensors)
     return model
@@ -1024,12 +1066,8 @@ def load_connector(model, folder):
 def picture_tokens(model, image):
     "What a model's connector reads of a PIL picture: tokens (1, height * width, dim) and their grid (height, width)."
     pixels = picture_pixels(model, image)
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            return model.eval().vision(pixels)
-    finally:
-        model.train(was_training)
+    with _evaluating(model), torch.no_grad():
+        return model.vision(pixels)
 
 # %% ../nbs/15_vlmamba.ipynb #a6a0c387
 def plot_model_sight(models, image, at, decades=6):
