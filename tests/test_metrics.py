@@ -381,6 +381,19 @@ def test_bootstrap_draws_whole_units():
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 40), rel=0.1)
 
 
+@pytest.mark.parametrize("name, answer, wrong", [("gqa", "red", "blue"), ("vqav2", ("red",) * 10, "blue"), ("pope", "yes", "no"), ("vsr", "true", "false")])
+def test_pictures_are_drawn_with_all_their_questions(name, answer, wrong):
+    "Five questions about each picture, right or wrong together, tell no more than one: the same interval to the last digit."
+    answers = (answer,) if isinstance(answer, str) else answer
+    good = np.random.default_rng(1).random(60) < 0.6
+    def interval(times):
+        samples = [Sample(f"{i}-{k}", "?", f"{i:02}.png", answers, (), ("random",)) for i in range(60) for k in range(times)]
+        result = score(name, samples, [answers[0] if good[i] else wrong for i in range(60) for _ in range(times)])
+        assert (result["units"], result["unit"], result["questions"]) == (60, "pictures", 60 * times)
+        return result["intervals"]["accuracy"]
+    assert interval(5) == interval(1) and interval(1)[1] - interval(1)[0] > 0.2
+
+
 def test_bootstrap_keeps_the_size_of_strata():
     "Two strata without variance inside: no interval when each is drawn from by itself, a wide one otherwise."
     parts, names = mean_parts([1] * 10 + [0] * 30)

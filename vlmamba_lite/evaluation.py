@@ -14,9 +14,9 @@ __all__ = ['PUBLISHED', 'PUNCTUATION', 'NUMBERS', 'APOSTROPHES', 'CONTRACTIONS',
            'Sample', 'need', 'find_picture', 'check_folder', 'read_table', 'by_name', 'people', 'read_vqav2',
            'read_textvqa', 'read_vizwiz', 'read_gqa', 'choice', 'read_scienceqa', 'one_of', 'read_pope', 'mme_picture',
            'read_mme', 'table_picture', 'read_mmbench', 'read_seed', 'read_vsr', 'read_mm_vet', 'read_easy_vqa',
-           'Rated', 'rate_each', 'rate_pictures', 'pope_files', 'rate_pope', 'rate_mme', 'rate_mmbench', 'Judge',
-           'Benchmark', 'pick_benchmark', 'read_benchmark', 'ask_text', 'score', 'decode_plain', 'distinct', 'Answers',
-           'answers_of', 'answer_line', 'kept_predictions', 'open_batch', 'answer_samples', 'append_batch',
+           'Rated', 'rate_each', 'by_picture', 'rate_pictures', 'pope_files', 'rate_pope', 'rate_mme', 'rate_mmbench',
+           'Judge', 'Benchmark', 'pick_benchmark', 'read_benchmark', 'ask_text', 'score', 'decode_plain', 'distinct',
+           'Answers', 'answers_of', 'answer_line', 'kept_predictions', 'open_batch', 'answer_samples', 'append_batch',
            'start_folder', 'evaluate_benchmark', 'answer_requests', 'lmms_eval_model', 'LMMSMixin']
 
 # %% ../nbs/17_evaluation.ipynb #01fe5af8
@@ -675,13 +675,17 @@ def rate_each(right, samples, predictions):
     return Rated(parts, partial(mean_formula, names))
 
 # %% ../nbs/17_evaluation.ipynb #cc9fce68
-def rate_pictures(right, samples, predictions):
-    "As `rate_each`, with the samples of a picture (unit) drawn together."
-    rated = rate_each(right, samples, predictions)
-    units = np.unique([s.unit for s in samples], return_inverse=True)[1]
+def by_picture(rated, samples):
+    "The same, drawn by the picture: one row for all questions about it. Samples without a picture stay alone."
+    units = np.unique([s.unit or str(s.image or s.name) for s in samples], return_inverse=True)[1]
     parts = np.zeros((units.max() + 1, rated.parts.shape[1]))
     np.add.at(parts, units, rated.parts)
     return rated._replace(parts=parts, unit="pictures")
+
+
+def rate_pictures(right, samples, predictions):
+    "As `rate_each`, with the questions about a picture drawn together."
+    return by_picture(rate_each(right, samples, predictions), samples)
 
 # %% ../nbs/17_evaluation.ipynb #29ee34a2
 def pope_files(names, sums):
@@ -693,12 +697,12 @@ def pope_files(names, sums):
 
 
 def rate_pope(samples, predictions):
-    "POPE (arXiv 2305.10355): answers rated; questions are drawn within their files. Raises `ValueError` for other labels."
-    strata = [s.labels[0] for s in samples]
-    names = list(dict.fromkeys(strata))
+    "POPE (arXiv 2305.10355): answers rated; a picture is drawn with its questions in all files. Raises `ValueError` for other labels."
+    files = [s.labels[0] for s in samples]
+    names = list(dict.fromkeys(files))
     parts = pope_parts(predictions, [s.answers[0] for s in samples])
-    parts = np.concatenate([parts * [[label == name] for label in strata] for name in names], 1)
-    return Rated(parts, partial(pope_files, names), strata)
+    parts = np.concatenate([parts * [[file == name] for file in files] for name in names], 1)
+    return by_picture(Rated(parts, partial(pope_files, names)), samples)
 
 # %% ../nbs/17_evaluation.ipynb #cd0cee2f
 def rate_mme(samples, predictions):
@@ -748,16 +752,16 @@ class Benchmark(NamedTuple):
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 EXACT = {"easy_vqa": Benchmark(read_easy_vqa, partial(rate_pictures, lambda p, s: p == s.answers[0])),
-         "gqa": Benchmark(read_gqa, partial(rate_each, lambda p, s: gqa_match(p, s.answers[0])), SHORT),
-         "scienceqa": Benchmark(read_scienceqa, partial(rate_each, lambda p, s: scienceqa_letter(p, len(s.options)) == s.answers[0]), LETTER),
-         "seed": Benchmark(read_seed, partial(rate_each, lambda p, s: seed_letter(p) == s.answers[0]), LETTER),
-         "vsr": Benchmark(read_vsr, partial(rate_each, lambda p, s: vsr_answer(p) == s.answers[0]), "Is this true or false?")}
+         "gqa": Benchmark(read_gqa, partial(rate_pictures, lambda p, s: gqa_match(p, s.answers[0])), SHORT),
+         "scienceqa": Benchmark(read_scienceqa, partial(rate_pictures, lambda p, s: scienceqa_letter(p, len(s.options)) == s.answers[0]), LETTER),
+         "seed": Benchmark(read_seed, partial(rate_pictures, lambda p, s: seed_letter(p) == s.answers[0]), LETTER),
+         "vsr": Benchmark(read_vsr, partial(rate_pictures, lambda p, s: vsr_answer(p) == s.answers[0]), "Is this true or false?")}
 
 # %% ../nbs/17_evaluation.ipynb #4ef5b326
 UNSURE = "When the provided information is insufficient, respond with 'Unanswerable'."
-BENCHMARKS = {"vqav2": Benchmark(read_vqav2, partial(rate_each, lambda p, s: vqa_accuracy(p, s.answers)), SHORT),
-              "textvqa": Benchmark(read_textvqa, partial(rate_each, lambda p, s: textvqa_accuracy(p, s.answers)), SHORT),
-              "vizwiz": Benchmark(read_vizwiz, partial(rate_each, lambda p, s: textvqa_accuracy(p, s.answers)), f"{UNSURE}\n{SHORT}"),
+BENCHMARKS = {"vqav2": Benchmark(read_vqav2, partial(rate_pictures, lambda p, s: vqa_accuracy(p, s.answers)), SHORT),
+              "textvqa": Benchmark(read_textvqa, partial(rate_pictures, lambda p, s: textvqa_accuracy(p, s.answers)), SHORT),
+              "vizwiz": Benchmark(read_vizwiz, partial(rate_pictures, lambda p, s: textvqa_accuracy(p, s.answers)), f"{UNSURE}\n{SHORT}"),
               "pope": Benchmark(read_pope, rate_pope, SHORT), "mme": Benchmark(read_mme, rate_mme, SHORT),
               "mmbench": Benchmark(read_mmbench, rate_mmbench, LETTER), **EXACT, "mm_vet": Benchmark(read_mm_vet, None)}
 
@@ -795,7 +799,7 @@ def score(name, samples, predictions, judge=None, seed=0, resamples=1000):
     benchmark = pick_benchmark(name)
     if len(samples) != len(predictions) or not samples:
         raise ValueError(f"predictions: got {len(predictions)}, need {len(samples)}, one a sample and at least one")
-    rate = benchmark.rate or partial(rate_each, judge or Judge())
+    rate = benchmark.rate or partial(rate_pictures, judge or Judge())
     rated = rate(samples, predictions)
     return {"benchmark": name, "questions": len(samples), "unit": rated.unit, "units": len(rated.parts), "scores": rated.formula(rated.parts.sum(0)),
             "intervals": {k: list(v) for k, v in bootstrap(rated.parts, rated.formula, rated.strata, resamples, seed=seed).items()}}
