@@ -36,6 +36,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+# %% ../nbs/14_data.ipynb #4c221169
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
