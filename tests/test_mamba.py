@@ -92,6 +92,13 @@ def test_conv_is_pytorchs_and_can_be_cut(L, K, D, bias, cut):
         assert_close(torch.cat([first, causal_conv1d(x[:, cut:], w, b, next_window(seen, K))[0]], 1), y)
 
 
+def test_convolution_has_no_second_gradient():
+    x, w = torch.randn(1, 5, 2, requires_grad=True), torch.randn(2, 1, 3, requires_grad=True)
+    first, = torch.autograd.grad(causal_conv1d(x, w)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="ShiftedSums: its gradient can be taken once, not twice"):
+        torch.autograd.grad(first.sum(), w)
+
+
 def test_conv_sums_in_float32_and_windows_are_copies():
     x, w = torch.randn(2, 50, 3), torch.randn(3, 1, 4)
     half, _ = causal_conv1d(x.bfloat16(), w.bfloat16())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KERNEL', 'CXX_FLAGS', 'FUSED_CHUNK', 'combine', 'hillis_steele', 'up_sweep', 'apply_step', 'down_sweep',
-           'selective_scan_hillis_steele', 'selective_scan_blelloch', 'ChunkedScan', 'CompiledScan',
+           'selective_scan_hillis_steele', 'selective_scan_blelloch', 'once', 'ChunkedScan', 'CompiledScan',
            'selective_scan_chunked', 'without_compiler', 'fused_library', 'FusedScan', 'selective_scan_cpp']
 
 # %% ../nbs/02_scan_parallel.ipynb #4c45ba44
@@ -16,11 +16,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .scan_reference import check_scan_inputs, finish_scan, prepare_scan
 
@@ -225,6 +224,32 @@ def _scan_backward(dt, v, A, B, C, bounds, gy, carry, chunk):
         _chunk_gradients(*here, gy[now], a[:t], h[:t + 1], g[:t], (gdt[now], gv[now], gA, _at(gB, now), _at(gC, now)))
     return *grads, carry
 
+# %% ../nbs/02_scan_parallel.ipynb #6d32cf6f
+class _Tie(torch.autograd.Function):
+    "The first `count` of some tensors, tied to all of them: no gradient passes."
+    @staticmethod
+    def forward(ctx, name, count, *tensors):
+        ctx.name = name
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{ctx.name}: its gradient can be taken once, not twice; the reference has a second one")
+
+# %% ../nbs/02_scan_parallel.ipynb #bf21a920
+def once(backward):
+    "A decorator for the `backward` of a Function that saves all its inputs: a second gradient through it is a `RuntimeError`."
+    @wraps(backward)
+    def first(ctx, *grads):
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        tensors = [x for x in found if x is not None]
+        tied = iter(_Tie.apply(backward.__qualname__.split(".")[0], len(tensors), *tensors, *ctx.saved_tensors, *grads))
+        return tuple(x if x is None else next(tied) for x in found)
+    return first
+
 # %% ../nbs/02_scan_parallel.ipynb #6ef45024
 class ChunkedScan(torch.autograd.Function):
     """h_t = exp(dt_t A) h_{t-1} + B_t v_t, y_t = C_t h_t, chunk by chunk; the backward computes the states again.
@@ -235,14 +260,14 @@ class ChunkedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dt, v, A, B, C, h0, chunk):
         y, h, bounds = _scan_forward(dt, v, A, B, C, h0, chunk)
-        ctx.save_for_backward(dt, v, A, B, C, bounds)
+        ctx.save_for_backward(dt, v, A, B, C, bounds, h0)
         ctx.chunk = chunk
         return y, h
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, gy, g_last):
-        return *_scan_backward(*ctx.saved_tensors, gy.contiguous(), g_last, ctx.chunk), None
+        return *_scan_backward(*ctx.saved_tensors[:6], gy.contiguous(), g_last, ctx.chunk), None
 
 # %% ../nbs/02_scan_parallel.ipynb #912a8e20
 def _at_step(X, t):
@@ -308,7 +333,7 @@ class CompiledScan(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, gy, gh):
         return *_compiled_backward(*ctx.saved_tensors[:5], ctx.saved_tensors[5:], gy.contiguous(), gh.contiguous(), ctx.chunk), None
 
@@ -701,22 +726,22 @@ def _fused_backward(u, dt, A, B, C, D, bounds, gy, gh):
 
 # %% ../nbs/02_scan_parallel.ipynb #c66a54af
 class FusedScan(torch.autograd.Function):
-    """The scan with its skip, fused: u, dt (B, D, L); A (G, N, P); B, C as in `ChunkedScan`; D (D,); h0 (B, G, N, P).
+    """The scan with its skip, fused: u, dt (B, D, L) with the same strides; A (G, N, P); B, C as in `ChunkedScan`; D (D,); h0 (B, G, N, P).
 
     Returns y (B, D, L) and the last state (B, G, N, P). On the CPU; the gradient can be taken once, not twice.
     """
     @staticmethod
     def forward(ctx, u, dt, A, B, C, D, h0):
-        u = _like(u, torch.empty_like(u))                       # an expanded one gets memory of its own
-        dt = _like(dt, u)
+        if not u.stride() == dt.stride() == torch.empty_like(u).stride():
+            raise ValueError(f"u, dt: got strides {u.stride()} and {dt.stride()}, need the same, with no number in two places")
         y, h, bounds = _fused_forward(u, dt, A, B, C, D, h0)
-        ctx.save_for_backward(u, dt, A, B, C, D, bounds)
+        ctx.save_for_backward(u, dt, A, B, C, D, bounds, h0)
         return y, h
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, gy, gh):
-        return _fused_backward(*ctx.saved_tensors, gy, gh)
+        return _fused_backward(*ctx.saved_tensors[:7], gy, gh)
 
 # %% ../nbs/02_scan_parallel.ipynb #bc097222
 def selective_scan_cpp(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
@@ -732,6 +757,7 @@ def selective_scan_cpp(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta
     x, dt, A, Bg, Cg, h0 = prepare_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
     G, Bt, Ct = _grouped(B, C, Bg, Cg)
     skip = x.new_zeros(x.shape[1]) if D is None else D.to(x.dtype).contiguous()
-    y, h = FusedScan.apply(x, dt, _to_rows(A, G).contiguous(), Bt, Ct, skip, _to_rows(h0, G))
+    x = _like(x, torch.empty_like(x))                           # an expanded one gets memory of its own
+    y, h = FusedScan.apply(x, _like(dt, x), _to_rows(A, G).contiguous(), Bt, Ct, skip, _to_rows(h0, G))
     y = finish_scan(y, u, None, z)
     return (y, _from_rows(h, h0)) if return_last_state else y
