@@ -169,14 +169,15 @@ def directives(cell):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_pictures_have_alt_text(name):
-    "`#| fig-alt:` over every cell that shows a picture, one picture a cell; words between the brackets of every Markdown picture."
+def test_pictures_have_captions_and_alt_text(name):
+    "`#| fig-alt:` and `#| fig-cap:` over every cell that shows a picture, one picture a cell; words between the brackets of every Markdown picture."
     nb = source(name)
     for i, cell in enumerate(nb.cells):
         pictures = [o for o in cell.get("outputs", []) if any(kind.startswith("image/") for kind in o.get("data", {}))]
         assert len(pictures) <= 1, f"cell {i} shows {len(pictures)} pictures"
         if pictures and "#| hide" not in cell.source:
-            alt = directives(cell).get("fig-alt", "")
+            alt, caption = (directives(cell).get(f"fig-{kind}", "") for kind in ("alt", "cap"))
+            assert caption and caption != alt and len(caption) <= 120, f"cell {i}: fig-cap {caption!r}"
             assert 6 <= len(alt.split()) and len(alt) <= 300, f"cell {i}: fig-alt {alt!r}"
             assert not re.search(r"^#\|\s*exports?\b", cell.source, re.MULTILINE), f"cell {i} is exported"
     assert not re.findall(r"!\[\s*\]\(|<img(?![^>]*\balt=)", prose(nb))

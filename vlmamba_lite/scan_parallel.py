@@ -751,8 +751,7 @@ def selective_scan_cpp(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta
     Arguments, shapes, results and errors are those of `selective_scan_reference`; the gradient can be taken once, not twice.
     Raises `RuntimeError` for tensors elsewhere, and where there is no compiler or it fails."""
     check_scan_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    reason = f"got tensors on {u.device.type}, needs them on the CPU" if u.device.type != "cpu" else without_compiler()
-    if reason:
+    if reason := f"got tensors on {u.device.type}, needs them on the CPU" if u.device.type != "cpu" else without_compiler():
         raise RuntimeError(f"backend 'cpp': {reason}")
     x, dt, A, Bg, Cg, h0 = prepare_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
     G, Bt, Ct = _grouped(B, C, Bg, Cg)
