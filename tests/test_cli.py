@@ -448,8 +448,10 @@ def test_only_the_first_process_speaks(talks, monkeypatch, two_stages):
     assert (said.code, said.out, said.err) == (2, "", "")
     assert (vlmamba("train", "--preset", "tiny", "--data", "x", "--dry-run").out) == ""
     monkeypatch.setattr(cli, "train_plan", lambda *_, **__: (True, {"cpu": 1, "wall": 1}))
+    left = []
+    monkeypatch.setattr(cli.os, "_exit", left.append)                      # it would take the tests along
     arguments = ["--config", two_stages.folder / "run_config.json", "--output", "elsewhere"]
-    assert vlmamba("train", *arguments) == SimpleNamespace(code=0, out="", err="")
+    assert vlmamba("train", *arguments) == SimpleNamespace(code=0, out="", err="") and left == [0]
     def broken(*_, **__):
         raise ValueError("sample 7: torn")
     monkeypatch.setattr(cli, "train_plan", broken)

@@ -21,11 +21,11 @@ __all__ = ['console', 'app', 'TRAINING', 'ASKING', 'MEASURING', 'ModelFolder', '
            'dry_shape', 'print_dry_run', 'Plan', 'plan_easy', 'plan_conversations', 'report_line', 'StageBar',
            'record_run', 'train_plan', 'finish_easy', 'print_result', 'show_talks', 'finish_conversations', 'make_plan',
            'run_plan', 'run_training', 'option', 'named_values', 'weight_sources', 'option_settings',
-           'command_settings', 'start_again', 'process_count', 'say_end', 'end_training', 'train', 'saved_answers',
-           'run_eval', 'print_scores', 'eval_model', 'row_done', 'ablate', 'bench_prefix', 'record', 'bench_scan',
-           'bench_ssd', 'bench_block', 'bench_directions', 'bench_scaling', 'bench_training', 'bench_generation',
-           'kernel_table', 'bench_kernels', 'main', 'data_check', 'step_seconds', 'batch_seconds', 'loader_result',
-           'bench_loader']
+           'command_settings', 'start_again', 'process_count', 'say_end', 'leave_at_once', 'end_training', 'train',
+           'saved_answers', 'run_eval', 'print_scores', 'eval_model', 'row_done', 'ablate', 'bench_prefix', 'record',
+           'bench_scan', 'bench_ssd', 'bench_block', 'bench_directions', 'bench_scaling', 'bench_training',
+           'bench_generation', 'kernel_table', 'bench_kernels', 'main', 'data_check', 'step_seconds', 'batch_seconds',
+           'loader_result', 'bench_loader']
 
 # %% ../nbs/20_command_line.ipynb #916096ba
 import json
@@ -996,14 +996,21 @@ def say_end(settings, folder, result):
     console.print(f"{result['train_cpu_seconds'] / 60:.1f} CPU minutes, {result['train_wall_seconds'] / 60:.1f} minutes of training. "
                   f"Everything is in {folder}. Talk to the model:\n  {talk}", soft_wrap=True, markup=False)
 
+# %% ../nbs/20_command_line.ipynb #3b508cf2
+def leave_at_once():
+    "Ends a process of several that has nothing left to do, with code 0 and without the interpreter's own end."
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
 # %% ../nbs/20_command_line.ipynb #e9a238e1
 def end_training(settings, folder, result):
-    "Says how a run ended, in the first process. Raises `typer.Exit` with code 130 after Ctrl-C."
+    "Says how a run ended, in the first process; the others end here. Raises `typer.Exit` with code 130 after Ctrl-C."
     from vlmamba_lite.training import main_process
     if result is not None:
         return say_end(settings, folder, result)
     if not main_process():
-        return None
+        return leave_at_once()
     again = start_again(settings, folder) if process_count() == 1 else "the same command and --resume"
     console.print(f"stopped; the last step is saved. Go on with:\n  {again}", soft_wrap=True, markup=False)
     raise typer.Exit(130)

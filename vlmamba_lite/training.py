@@ -684,7 +684,7 @@ def choose_parallel(parallel, accelerator):
 def leave_processes():
     "Parts from the other processes, if there are any, after which this one works on alone or exits; all must call it."
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()                        # else its threads may outlive the interpreter, which aborts
+        torch.distributed.destroy_process_group()                        # as NCCL asks for
 
 # %% ../nbs/16_training.ipynb #7a1a8db9
 def _push_to_disk(path):
