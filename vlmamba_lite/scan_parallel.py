@@ -234,7 +234,7 @@ class _Tie(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError(f"{ctx.name}: its gradient can be taken once, not twice; the reference has a second one")
+        raise RuntimeError(f"{ctx.name}: its gradient can be taken once, not twice")
 
 # %% ../nbs/02_scan_parallel.ipynb #bf21a920
 def once(backward):
