@@ -1,5 +1,6 @@
 """The site without Quarto: the pages as nbdev's processors leave them, in a copy; links, anchors, documentation, alt text, headings."""
 import ast
+import difflib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 pytest.importorskip("nbdev", reason="needs the [dev] extra")
+pypandoc = pytest.importorskip("pypandoc", reason="needs the [dev] extra")
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 PAGES = sorted(p.stem for p in NBS.glob("*.ipynb"))
@@ -76,6 +78,15 @@ def prose(nb):
             texts.append(cell.source)
         texts += ["".join(o.data["text/markdown"]) for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})]
     return re.sub(r"^```.*?^```", "", "\n\n".join(texts), flags=re.MULTILINE | re.DOTALL)
+
+
+def words(text, reader):
+    "What Pandoc makes of a page: words, and the tags round them. Its typography, and the tags that hide a solution, are undone."
+    text = re.sub(r"</?(details|summary)>", "", text)
+    page = pypandoc.convert_text(text, "html", format=reader, extra_args=["--wrap=none", "--mathjax", "--syntax-highlighting=none"])
+    page = re.sub(r"</?(p|col|colgroup|span|div)\b[^>]*>", "", page)                             # readers differ in these, eyes do not
+    page = page.translate(str.maketrans("“”‘’\xa0", "\"\"'' ")).replace("…", "...")
+    return re.sub(r"<(/?\w+)[^>]*>", r" <\1> ", page).split()
 
 
 def headings(nb):
@@ -187,6 +198,18 @@ def test_pictures_have_captions_and_alt_text(name):
 def test_options_are_yaml(name):
     for cell in source(name).cells:
         assert cell.cell_type != "code" or isinstance(directives(cell), dict)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_quarto_reads_what_jupyter_reads(page, name):
+    """Quarto renders with Pandoc's Markdown, GitHub and Jupyter with another: the same words, lists and tables in both.
+
+    In Pandoc's, `*a * b*` ends at the second star, `--word` begins with a dash, `\\word` is TeX, and some lines begin a list that do not here."""
+    text = prose(page(name))
+    quarto, github = words(text, "markdown"), words(text, "gfm+tex_math_dollars-tex_math_gfm+attributes")
+    assert quarto == github, " ".join(difflib.unified_diff(github, quarto, "github", "quarto", lineterm="", n=4))
+    tags = re.findall(r"</?([a-zA-Z][\w-]*)[ />]", re.sub(r"`[^`]*`|\$\$.*?\$\$|\$[^$]*\$", "", text, flags=re.DOTALL))
+    assert set(tags) <= {"code", "details", "summary"}, "a word in angle brackets is not shown"
 
 
 def contents(entries):

@@ -136,7 +136,7 @@ class OneWay(nn.Module):
         self.mixer = vss.mixers[0]
 
     def forward(self, x, size):
-        "x (B, height * width, dim), size (height, width) -> like x"
+        "x (B, height × width, dim), size (height, width) -> like x"
         return self.mixer(x)
 
 # %% ../nbs/19_ablations.ipynb #ef8d8130
@@ -150,7 +150,7 @@ def tail(x, start, fill):
 class QuestionFirst(VLMamba):
     "A `VLMamba` that hears a question, all but its last token, before it sees the picture (after Cobra, arXiv 2403.14520)."
     def listen(self, images, input_ids, prompt):
-        "images (b, 3, H, W); input_ids (b * q, T), of which prompt (b * q,) are the question -> the state after question and picture."
+        "images (b, 3, H, W); input_ids (b × q, T), of which prompt (b × q,) are the question -> the state after question and picture."
         width = max(int(prompt.max()) - 1, 1)
         mask = torch.arange(width, device=prompt.device) < prompt[:, None] - 1
         state = self.language.hidden(input_ids[:, :width], mask=mask)[1]
@@ -158,7 +158,7 @@ class QuestionFirst(VLMamba):
         return self.language.hidden(inputs_embeds=seen, state=state)[1]
 
     def forward(self, images, input_ids, labels, mask=None):
-        "images (b, 3, H, W); input_ids, labels (b * q, T), the labels -100 up to the answer -> LMOutput from the last token of the question on."
+        "images (b, 3, H, W); input_ids, labels (b × q, T), the labels -100 up to the answer -> LMOutput from the last token of the question on."
         prompt = (labels != -100).int().argmax(1)
         state = self.listen(images, input_ids, prompt)
         return self.language(tail(input_ids, prompt - 1, 0), state=state, labels=tail(labels, prompt - 1, -100), return_state=False)
@@ -289,7 +289,7 @@ def clevr_set(count, seed, lists=False, size=64):
 
 # %% ../nbs/19_ablations.ipynb #7910f356
 def clevr_batch(data, config, seed, step):
-    "Step `step` of a run on Sort-of-CLEVR, as `make_batch`: images (b, 3, H, W), input_ids and labels (b * questions, T)."
+    "Step `step` of a run on Sort-of-CLEVR, as `make_batch`: images (b, 3, H, W), input_ids and labels (b × questions, T)."
     rng, pictures = np.random.default_rng((seed, step, 1)), batch_pictures(len(data.images), config, seed, step)
     rows = draw_questions(data.table[pictures], data.types, question_weights(step / config.steps, config), config.questions, rng).reshape(-1)
     longest = int((data.labels[rows] != -100).any(0).nonzero().max()) + 1
@@ -299,7 +299,7 @@ def clevr_batch(data, config, seed, step):
 def grid_positions(side, dim, size=0.5):
     """Sines and cosines of row and column of a grid side x side, at wavelengths from 4 sides down to 4 patches, at most `size`.
 
-    -> (side * side, dim); ValueError where 4 does not divide dim."""
+    -> (side × side, dim); ValueError where 4 does not divide dim."""
     if dim % 4:
         raise ValueError(f"dim: got {dim}, need a multiple of 4")
     speed = math.pi * 2 ** torch.linspace(-1, math.log2(side / 2), dim // 4)

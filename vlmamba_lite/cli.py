@@ -394,7 +394,7 @@ def demo(model: ModelFolder,
 
 # %% ../nbs/20_command_line.ipynb #25597ec3
 def run_folder(output, preset, seed, resume):
-    "The folder of a run, runs/<preset>-seed<seed> by default. ValueError where it holds a run and `resume` is not asked for, or the other way round."
+    "The folder of a run, `runs/<preset>-seed<seed>` by default. ValueError where it holds a run and `resume` is not asked for, or the other way round."
     from vlmamba_lite.training import has_checkpoint
     folder = Path(output) if output is not None else Path("runs") / f"{preset.replace('/', '-')}-seed{seed}"
     if folder.exists() and not folder.is_dir():
@@ -678,7 +678,7 @@ def published_sizes(settings):
 
 # %% ../nbs/20_command_line.ipynb #1a98435f
 def dry_run_text(settings, config, stages, processes=1, available=None):
-    "What --dry-run prints: the settings, and as comments the parameters and the memory."
+    "What `--dry-run` prints: the settings, and as comments the parameters and the memory."
     from vlmamba_lite.model import memory_table, parameter_table
     table = parameter_table({settings["preset"]: config})
     text = as_yaml(settings) + "\n" + as_comment(f"parameters, millions\n{table}\n{published_sizes(settings)}")
@@ -704,7 +704,7 @@ def dry_shape(settings, recipe):
 
 # %% ../nbs/20_command_line.ipynb #fcd92d11
 def print_dry_run(settings, recipe, processes):
-    "Prints what --dry-run prints, in the first of several processes. Raises ValueError as `pick_device` and `memory_estimate`."
+    "Prints what `--dry-run` prints, in the first of several processes. Raises ValueError as `pick_device` and `memory_estimate`."
     from vlmamba_lite.training import main_process
     text = dry_run_text(settings, *dry_shape(settings, recipe), processes, memory_here(pick_device(settings["device"])))
     if main_process():
@@ -968,7 +968,7 @@ def option_settings(given):
 
 # %% ../nbs/20_command_line.ipynb #8857c6a4
 def command_settings(given):
-    "(settings, `TrainingConfig` or stages) of the options of `vlmamba train`: defaults, file, options, --set, the later one wins. ValueError."
+    "(settings, `TrainingConfig` or stages) of the options of `vlmamba train`: defaults, file, options, `--set`, the later one wins. ValueError."
     layers = [read_settings(given["config"])] if given["config"] is not None else []
     return resolve(*layers, option_settings(given), *map(parse_change, given["set_"] or []))
 

@@ -87,7 +87,7 @@ class MLPConnector(nn.Module):
         self.mlp = _mlp(vision_dim, language_dim, hidden_dim, activation)
 
     def forward(self, tokens, size):
-        "tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, language_dim). Raises `ValueError` where they do not fit."
+        "tokens (B, height × width, vision_dim), size (height, width) -> (B, height × width, language_dim). Raises `ValueError` where they do not fit."
         check_tokens(tokens, size, self.vision_dim, "tokens")
         return self.mlp(tokens)
 
@@ -105,7 +105,7 @@ class VSSMLPConnector(nn.Module):
         self.mlp = _mlp(vision_dim, language_dim, hidden_dim, activation)
 
     def forward(self, tokens, size):
-        "tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, language_dim). Raises `ValueError` where they do not fit."
+        "tokens (B, height × width, vision_dim), size (height, width) -> (B, height × width, language_dim). Raises `ValueError` where they do not fit."
         check_tokens(tokens, size, self.vision_dim, "tokens")
         return self.mlp(self.norm(self.vss(tokens, size) + tokens))
 
@@ -123,7 +123,7 @@ class VSSL2Connector(nn.Module):
         self.linear2 = nn.Linear(hidden_dim, language_dim)
 
     def forward(self, tokens, size):
-        "tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, language_dim). Raises `ValueError` where they do not fit."
+        "tokens (B, height × width, vision_dim), size (height, width) -> (B, height × width, language_dim). Raises `ValueError` where they do not fit."
         check_tokens(tokens, size, self.vision_dim, "tokens")
         v = self.linear1(tokens)                                         # the skip starts here, before the GELU
         return self.linear2(self.norm(self.vss(F.gelu(v), size) + v))
@@ -186,7 +186,7 @@ def plot_connector_cost(connectors, size, axes=None):
 # %% ../nbs/07_connector.ipynb #8ad5b55a
 @torch.no_grad()
 def scan_input(connector, tokens, size):
-    "What a connector's `vss` is given for tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, its width)."
+    "What a connector's `vss` is given for tokens (B, height × width, vision_dim), size (height, width) -> (B, height × width, its width)."
     given = []
     hook = connector.vss.register_forward_pre_hook(lambda vss, args: given.append(args[0]))
     try:
@@ -200,7 +200,7 @@ def scan_input(connector, tokens, size):
 def connector_attention(connector, tokens, size, channels=64):
     """Which patch listened to which in a connector: `vss_attention` of its VSS on the tokens of pictures.
 
-    tokens (B, height * width, vision_dim) -> (B, K, L, L), patches numbered in row-major order. A scan with a method
+    tokens (B, height × width, vision_dim) -> (B, K, L, L), patches numbered in row-major order. A scan with a method
     `attention` (chapter 10) answers for itself.
     """
     given, vss = scan_input(connector, tokens, size), connector.vss

@@ -352,7 +352,7 @@ def mme_pictures(predictions, labels, categories, pictures):
 
 # %% ../nbs/17_evaluation.ipynb #1319332c
 def mme_parts(right):
-    "What `mme_pictures` gives -> (pictures, categories * 3): right answers, pictures with both right, pictures; and the categories."
+    "What `mme_pictures` gives -> (pictures, categories × 3): right answers, pictures with both right, pictures; and the categories."
     names = [name for name in PERCEPTION + COGNITION if any(name == category for category, _ in right)]
     parts = np.zeros((len(right), len(names), 3))
     for row, ((category, _), count) in zip(parts, right.items()):
@@ -420,7 +420,7 @@ def mean_parts(values, labels=None):
 
 
 def mean_formula(names, sums):
-    "Sums of `mean_parts` -> {'accuracy': mean of all, and of each group 'accuracy, <name>'}; nan for a group without questions."
+    "Sums of `mean_parts` -> {'accuracy': mean of all, and of each group 'accuracy, NAME'}; nan for a group without questions."
     values, counts = np.reshape(sums, (len(names), 2)).T
     means = np.divide(values, counts, out=np.full(len(names), np.nan), where=counts > 0).tolist()
     return {"accuracy" if name == "all" else f"accuracy, {name}": mean for name, mean in zip(names, means)}

@@ -32,7 +32,7 @@ def split_heads(block, xBC):
 
 # %% ../nbs/09_mamba2.ipynb #97693d09
 class GatedRMSNorm(nn.Module):
-    "RMSNorm(y * silu(z)) over each group of channels, or RMSNorm(y) * silu(z) with `norm_before_gate` (Mamba-2, section 7; official code)."
+    "`RMSNorm(y * silu(z))` over each group of channels, or `RMSNorm(y) * silu(z)` with `norm_before_gate` (Mamba-2, section 7; official code)."
 
     def __init__(self, dim, groups=1, norm_before_gate=False, eps=1e-5):
         super().__init__()

@@ -232,7 +232,7 @@ class PictureReader(Placed):
         self.language = MambaLM(config.language)
 
     def see(self, images):
-        "Pictures (b, 3, H, W) in [-1, 1] -> visual tokens (b, height * width, d_model) for the language model."
+        "Pictures (b, 3, H, W) in [-1, 1] -> visual tokens (b, height × width, d_model) for the language model."
         return self.connector(*self.vision(images))
 
     def read(self, images, state=None):
@@ -244,7 +244,7 @@ class TextContinuer(PictureReader):
     "`forward`: rows of text continue the state of their picture (VL-Mamba, equation 7, with the visual tokens read once)."
 
     def forward(self, images, input_ids, labels=None, mask=None):
-        """images (b, 3, H, W); input_ids, labels, mask (b * q, T), q rows a picture in the pictures' order -> LMOutput of the text.
+        """images (b, 3, H, W); input_ids, labels, mask (b × q, T), q rows a picture in the pictures' order -> LMOutput of the text.
 
         Raises ValueError unless the rows are a multiple of the pictures."""
         q, rest = divmod(len(input_ids), len(images))
@@ -1064,7 +1064,7 @@ def load_connector(model, folder):
 
 # %% ../nbs/15_vlmamba.ipynb #ddad434d
 def picture_tokens(model, image):
-    "What a model's connector reads of a PIL picture: tokens (1, height * width, dim) and their grid (height, width)."
+    "What a model's connector reads of a PIL picture: tokens (1, height × width, dim) and their grid (height, width)."
     pixels = picture_pixels(model, image)
     with _evaluating(model), torch.no_grad():
         return model.vision(pixels)

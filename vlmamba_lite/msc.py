@@ -110,7 +110,7 @@ class MVSSWeights(MVSSSizes):
 
 # %% ../nbs/10_msc.ipynb #bd3be289
 def mvss_inputs(m, x, order):
-    "x (B, L, dim), order (K, L) -> gate z (B, L, d_inner) in the picture's order, arguments for SSD: an `MVSS`'s K scans as one of K * H heads."
+    "x (B, L, dim), order (K, L) -> gate z (B, L, d_inner) in the picture's order, arguments for SSD: an `MVSS`'s K scans as one of K × H heads."
     K = len(order)
     z, xBC, dt = split_projection(m, m.in_proj(x))
     weight, bias = m.conv1d.weight.repeat(K // m.sets, 1, 1), m.conv1d.bias
@@ -153,7 +153,7 @@ class MVSS(MVSSReport, MVSSWeights):
     `merge`, "sum" or "mean"; `inner_norm`, a gated norm in each direction; sizes and options of Mamba-2, backends among them.
     """
     def forward(self, x, size):
-        "x (B, height * width, dim), size (height, width) -> (B, height * width, dim). Raises `ValueError` where they do not fit."
+        "x (B, height × width, dim), size (height, width) -> (B, height × width, dim). Raises `ValueError` where they do not fit."
         y, z = mvss_scans(self, x, self._order(x, size))
         y = y.sum(1) * F.silu(z) if self.norm is None else self.norm(y, z[:, None]).sum(1)
         return self.out_proj(y / (2 * len(SCANS[self.scan])) if self.merge == "mean" else y)
@@ -168,7 +168,7 @@ def mvss_directions(m, x, order):
 
 # %% ../nbs/10_msc.ipynb #c85410b2
 class SwiGLU(nn.Module):
-    "w3(silu(w1 x) * w2 x) (arXiv 2002.05202), as ML-Mamba's released code has it: `hidden_dim` between, dim by default, biases."
+    "`w3(silu(w1 x) * w2 x)` (arXiv 2002.05202), as ML-Mamba's released code has it: `hidden_dim` between, dim by default, biases."
     def __init__(self, dim, hidden_dim=None, bias=True):
         super().__init__()
         hidden_dim = hidden_dim or dim
@@ -189,7 +189,7 @@ class MSCBlock(nn.Module):
         self.swiglu = SwiGLU(dim, swiglu_dim) if choose("form", form, ("basic", "advanced")) == "advanced" else nn.Identity()
 
     def forward(self, x, size):
-        "x (B, height * width, dim), size (height, width) -> like x. Raises `ValueError` where they do not fit."
+        "x (B, height × width, dim), size (height, width) -> like x. Raises `ValueError` where they do not fit."
         return self.swiglu(x + self.mvss(self.norm(x), size))
 
 # %% ../nbs/10_msc.ipynb #4827fe3b
@@ -202,7 +202,7 @@ class ReleasedMSCBlock(nn.Module):
         self.swiglu = SwiGLU(dim, swiglu_dim)
 
     def forward(self, x, size):
-        "x (B, height * width, dim), size (height, width) -> like x. Raises `ValueError` where they do not fit."
+        "x (B, height × width, dim), size (height, width) -> like x. Raises `ValueError` where they do not fit."
         x = x + self.mvss(x, size)
         return x + self.swiglu(self.norm(x))
 
@@ -261,7 +261,7 @@ class MSCReport:
 class MSCPath(MSCReport, nn.Module):
     "The way of the tokens through an MSC connector (ML-Mamba, equations 6 to 8): `stem`, `blocks`, `norm`, `mlp`."
     def forward(self, tokens, size):
-        "tokens (B, height * width, vision_dim), size (height, width) -> (B, height * width, language_dim). Raises `ValueError` where they do not fit."
+        "tokens (B, height × width, vision_dim), size (height, width) -> (B, height × width, language_dim). Raises `ValueError` where they do not fit."
         check_tokens(tokens, size, self.vision_dim, "tokens")
         x = self.stem(tokens)
         for block in self.blocks:
@@ -325,7 +325,7 @@ def ssd_attention(dt, A, B, C):
 def mvss_attention(m, x, size):
     """Which patch listened to which in an `MVSS`: mean |hidden attention| over the heads of each direction.
 
-    x (B, height * width, dim), the input of the MVSS -> (B, K, L, L): entry (i, j) is what patch i takes up of patch j.
+    x (B, height × width, dim), the input of the MVSS -> (B, K, L, L): entry (i, j) is what patch i takes up of patch j.
     """
     order = m._order(x, size)
     (_, inputs), H, maps = mvss_inputs(m, x, order), m.nheads, []

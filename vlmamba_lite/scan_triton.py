@@ -912,7 +912,7 @@ def selective_scan_triton(u, delta, A, B, C, D=None, z=None, delta_bias=None, de
 
 # %% ../nbs/03_scan_triton.ipynb #0c88b16d
 def picture_paths(height, width, device=None):
-    "Four paths through a picture: by rows, by columns, and both reversed. -> (4, height * width), as chapter 06's \"csm\"."
+    "Four paths through a picture: by rows, by columns, and both reversed. -> (4, height × width), as chapter 06's \"csm\"."
     rows = torch.arange(height * width, device=device)
     paths = torch.stack([rows, rows.view(height, width).T.flatten()])
     return torch.cat([paths, paths.flip(1)])
@@ -1042,7 +1042,7 @@ def _draws(device, seed):
 
 # %% ../nbs/03_scan_triton.ipynb #15959ec8
 def bench_arguments(shape, case, dtype, device="cuda", seed=0):
-    "Arguments as a Mamba block makes them: A = -(1 .. N), a bias that gives steps of 0.001 to 0.1. The last item is delta_softplus."
+    "Arguments as a Mamba block makes them: A = -(1, ..., N), a bias that gives steps of 0.001 to 0.1. The last item is delta_softplus."
     (b, d, L, n, G), (randn, rand), options = shape, _draws(device, seed), CASES[case]
     steps = torch.exp(rand(d) * math.log(100) + math.log(1e-3))
     bias = steps + torch.log(-torch.expm1(-steps))

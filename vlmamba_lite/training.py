@@ -288,7 +288,7 @@ def batch_pictures(count, config, seed, step):
 
 
 def make_batch(data, config, seed, step):
-    "Step `step` of a run: images (b, 3, H, W) float, input_ids and labels (b * questions, T). A pure function of its arguments."
+    "Step `step` of a run: images (b, 3, H, W) float, input_ids and labels (b × questions, T). A pure function of its arguments."
     rng = np.random.default_rng((seed, step, 1))
     pictures = batch_pictures(len(data.images), config, seed, step)
     weights = question_weights(step / config.steps, config)
@@ -350,7 +350,7 @@ def stage_batches(model, sets, stage, seed=0, weights=None, template=None, colla
                   augmented=False):
     """The source of a stage from sets of conversations (`ConversationSet`s), mixed by `weights`, by default by their sizes.
 
-    template: by default the stage's, else "lite" for a tokenizer with <eos>, else "zephyr". questions, augmented, on_error, collate: as
+    template: by default the stage's, else "lite" for a tokenizer with `<eos>`, else "zephyr". questions, augmented, on_error, collate: as
     of `Preparer` and `Batches`. Raises a `ValueError` for what these cannot take.
     """
     words = model.tokenizer
@@ -531,7 +531,7 @@ class Learner(nn.Module):
         self.visual_tokens += tokens.shape[0] * tokens.shape[1]
 
     def forward(self, batch):
-        "A `Batch`, or (images (b, 3, H, W), input_ids, labels (b * q, T)) -> the mean loss over its learned tokens."
+        "A `Batch`, or (images (b, 3, H, W), input_ids, labels (b × q, T)) -> the mean loss over its learned tokens."
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             if isinstance(batch, Batch):
                 return batch_loss(self.model.language, batch, self.model.see)
@@ -597,7 +597,7 @@ def _exchanged(tensors, others):
 
 # %% ../nbs/16_training.ipynb #e17b0e0e
 class EMA:
-    "The running mean of the parameters of a model that train: mean <- decay * mean + (1 - decay) * weight, after every step."
+    "The running mean of the parameters of a model that train: `mean <- decay * mean + (1 - decay) * weight`, after every step."
 
     def __init__(self, model, decay):
         self.decay = decay

@@ -96,7 +96,7 @@ class ViTBlock(ViTBlockParts):
 def resize_positions(positions, side, grid):
     """Positions learned on a grid of side x side, for a grid of (height, width): bicubic with antialias, in float32.
 
-    positions (side^2, dim) -> (height * width, dim) in the same dtype. On the grid they were learned on they stay as they are.
+    positions (side^2, dim) -> (height × width, dim) in the same dtype. On the grid they were learned on they stay as they are.
     """
     if tuple(grid) == (side, side):
         return positions
@@ -153,7 +153,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, images):
-        "Pictures (B, 3, H, W) in [-1, 1], sides multiples of `patch_size` -> tokens (B, height * width, dim) in raster order, their grid."
+        "Pictures (B, 3, H, W) in [-1, 1], sides multiples of `patch_size` -> tokens (B, height × width, dim) in raster order, their grid."
         x, grid = vit_hidden(self, images, len(self.blocks))
         return self.norm(x), grid
 
@@ -563,7 +563,7 @@ class FusedEncoder(nn.Module):
         self.preprocess = preprocess or replace(towers[-1].preprocess, mean=HALF[0], std=HALF[1])
 
     def forward(self, images):
-        "Pictures (B, 3, H, W) in [-1, 1] -> tokens (B, height * width, sum of widths), grid. Raises `ValueError` where grids differ."
+        "Pictures (B, 3, H, W) in [-1, 1] -> tokens (B, height × width, sum of widths), grid. Raises `ValueError` where grids differ."
         seen = [tower(recolour(images, self.preprocess, tower.preprocess)) for tower in self.towers]
         if len(grids := {grid for _, grid in seen}) != 1:
             raise ValueError(f"towers: got grids {sorted(grids)} from pictures of {tuple(images.shape[2:])} pixels, need one")
@@ -657,7 +657,7 @@ def _patch_index(patch, grid):
 
 # %% ../nbs/13_vision.ipynb #2a93231e
 def feature_map(tokens, grid):
-    "Tokens (height * width, dim) of one picture -> (height, width, 3): three principal components, each stretched to [0, 1]."
+    "Tokens (height × width, dim) of one picture -> (height, width, 3): three principal components, each stretched to [0, 1]."
     x = tokens.detach().float() - tokens.detach().float().mean(0)
     parts = torch.linalg.svd(x, full_matrices=False)[2][:3]                       # (3, dim)
     parts = parts * parts.gather(1, parts.abs().argmax(1, keepdim=True)).sign()   # the sign is free: the largest entry is positive

@@ -23,7 +23,7 @@ from .scan_reference import prepare_scan, scan_dtype
 
 # %% ../nbs/06_vss.ipynb #9571d799
 def _rows(height, width, device=None):
-    "Row by row, each from left to right: the raster order, in which the patches are numbered. -> (height * width,)"
+    "Row by row, each from left to right: the raster order, in which the patches are numbered. -> (height × width,)"
     return torch.arange(height * width, device=device)
 
 
@@ -37,7 +37,7 @@ SCANS = {"bsm": ["rows"], "csm": ["rows", "columns"]}    # name -> its paths; th
 
 # %% ../nbs/06_vss.ipynb #4c42fa50
 def scan_order(height, width, kind="bsm", device=None):
-    """The patch that each of the K scans of a picture visits at each step: an index tensor (K, height * width).
+    """The patch that each of the K scans of a picture visits at each step: an index tensor (K, height × width).
 
     `kind` is a name of `SCANS`: "bsm" (K = 2) is the raster order and its reverse, "csm" (K = 4) rows, columns, rows
     reversed, columns reversed (VL-Mamba, arXiv 2403.13600, Figure 3). Raises a `ValueError` for an empty grid and for
@@ -129,7 +129,7 @@ def _project_sum(mixer, y, K):
 
 
 def _shared_form(mixer, x, order):
-    "`vss_definition` with one Mamba layer: projections and gate run once, the scan once on B * K rows."
+    "`vss_definition` with one Mamba layer: projections and gate run once, the scan once on B × K rows."
     u, z = mixer.in_proj(x).chunk(2, -1)                                 # (B, L, d_inner) each
     y, _ = mixer.ssm(cross_scan(u, order).flatten(0, 1), return_state=False)  # (B * K, L, d_inner)
     return _project_sum(mixer, cross_merge(y.unflatten(0, (len(x), len(order))), order) * F.silu(z), len(order))
@@ -151,12 +151,12 @@ def direction_weights(mixers):
 
 # %% ../nbs/06_vss.ipynb #cbfdddde
 def _merged(p, K):
-    "A parameter (K or 1, D, ...) -> (K * D, ...), in the dtype that scans compute in."
+    "A parameter (K or 1, D, ...) -> (K × D, ...), in the dtype that scans compute in."
     return p.to(scan_dtype(p.dtype)).expand(K, *p.shape[1:]).flatten(0, 1)
 
 # %% ../nbs/06_vss.ipynb #a81e3cc6
 def scan_inputs(u, weights):
-    """Arguments for `selective_scan` that run K scans as one. u (B, L, K, D), DirectionWeights -> dict, channels K * D.
+    """Arguments for `selective_scan` that run K scans as one. u (B, L, K, D), DirectionWeights -> dict, channels K × D.
 
     u may be (B, L, 1, D), one picture for K directions; then the u of the result has D channels.
     """
@@ -259,7 +259,7 @@ def _order_on(size, kind, device):
 
 # %% ../nbs/06_vss.ipynb #adf1d405
 def check_tokens(x, size, dim, name="x"):
-    "Raises one `ValueError` unless `name` is a (B, height * width, dim) tensor for size = (height, width)."
+    "Raises one `ValueError` unless `name` is a (B, height × width, dim) tensor for size = (height, width)."
     height, width = size
     if x.ndim != 3 or tuple(x.shape[1:]) != (height * width, dim):
         need = f"(batch, {height} * {width}, {dim}) for the grid {height} x {width}"
@@ -312,11 +312,11 @@ class VSS(nn.Module):
         self.mixers = _make_mixers(dim, scan, mixer, shared, merge, mixer_args)
 
     def forward(self, x, size):
-        "x (B, height * width, dim), size (height, width) -> (B, height * width, dim)"
+        "x (B, height × width, dim), size (height, width) -> (B, height × width, dim)"
         return _run(_vss, self, x, size)
 
     def directions(self, x, size):
-        "What each scan adds to the output, by definition: (B, K, height * width, dim), whose sum is the output."
+        "What each scan adds to the output, by definition: (B, K, height × width, dim), whose sum is the output."
         return _run(vss_directions, self, x, size)
 
 # %% ../nbs/06_vss.ipynb #77bbd771
@@ -376,7 +376,7 @@ class SS2D(nn.Module):
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
 
     def forward(self, x, size):
-        "x (B, height * width, dim), size (height, width) -> (B, height * width, dim). Raises `ValueError` as `check_tokens`."
+        "x (B, height × width, dim), size (height, width) -> (B, height × width, dim). Raises `ValueError` as `check_tokens`."
         return _ss2d(self, x, size)
 
 # %% ../nbs/06_vss.ipynb #43f55f95
@@ -406,7 +406,7 @@ class VMambaBlock(nn.Module):
         self.norm, self.op = nn.LayerNorm(dim), SS2D(dim, **ss2d_args)
 
     def forward(self, x, size):
-        "x (B, height * width, dim), size (height, width) -> (B, height * width, dim)"
+        "x (B, height × width, dim), size (height, width) -> (B, height × width, dim)"
         return x + self.op(self.norm(x), size)
 
 # %% ../nbs/06_vss.ipynb #8037d702
@@ -423,7 +423,7 @@ def _mean_gradient(token, signs, x):
 def receptive_field(f, x, size, at, probes=8, seed=0):
     """How strongly each patch moves the output token at = (row, column): the effective receptive field of `f` at x.
 
-    f(x, size) -> (B, L, C), or (B, K, L, C) for a map of each direction (`VSS.directions`); x (B, height * width, C').
+    f(x, size) -> (B, L, C), or (B, K, L, C) for a map of each direction (`VSS.directions`); x (B, height × width, C').
     -> (height, width) or (K, height, width): Frobenius norms of Jacobian blocks, root mean square over the batch,
     estimated with `probes` random sign vectors. Raises `ValueError` where `at` is not on the grid.
     """
@@ -500,7 +500,7 @@ def _scans_of(vss, x, size):
 
 @torch.no_grad()
 def vss_step_sizes(vss, x, size):
-    "The step size each direction takes at each patch, mean over channels. x (B, height * width, dim) -> (B, K, L)."
+    "The step size each direction takes at each patch, mean over channels. x (B, height × width, dim) -> (B, K, L)."
     inputs, order = _scans_of(vss, x, size)
     dt = F.softplus(inputs["delta"] + inputs["delta_bias"][:, None]).unflatten(1, (len(order), -1))   # (B, K, D, L)
     return unscan(dt.mean(2)[..., None], order)[..., 0]
@@ -510,7 +510,7 @@ def vss_step_sizes(vss, x, size):
 def vss_attention(vss, x, size, channels=64):
     """Which patch listened to which in a `VSS` of Mamba layers: mean |hidden attention| of each direction.
 
-    x (B, height * width, dim), the input of the VSS -> (B, K, L, L): entry (i, j) is what patch i takes up of patch j,
+    x (B, height × width, dim), the input of the VSS -> (B, K, L, L): entry (i, j) is what patch i takes up of patch j,
     both numbered in the picture's row-major order. `channels`: how many to average, evenly spaced.
     """
     inputs, order = _scans_of(vss, x, size)
