@@ -2,6 +2,7 @@
 import json
 import re
 import subprocess
+import sys
 from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
@@ -150,6 +151,18 @@ def test_contributing_names_what_exists():
 def test_versions_agree():
     import vlmamba_lite
     assert settings()["version"] == vlmamba_lite.__version__
+
+
+def test_nothing_needs_a_newer_python(tmp_path):
+    "Library, tests and the code of the notebooks run on the oldest Python that settings.ini names, as far as syntax and standard library go."
+    pytest.importorskip("vermin", reason="needs the [dev] extra")
+    for path in NOTEBOOKS:
+        code = [c.source for c in read(path).cells if c.cell_type == "code"]
+        (tmp_path / f"{path.stem}.py").write_text("\n\n".join(code), encoding="utf-8")
+    places = [ROOT / "vlmamba_lite", ROOT / "tests", ROOT / "data", ROOT / "setup.py", tmp_path]
+    run = subprocess.run([sys.executable, "-c", "import vermin; vermin.main()", f"--target={settings()['min_python']}-", "--violations", "--eval-annotations", "--no-tips",
+                          *map(str, places)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_readme_is_the_index():

@@ -697,8 +697,11 @@ def _push_to_disk(path):
 
 def file_sha256(path):
     "The SHA-256 of a file, in hexadecimal."
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        for block in iter(lambda: file.read(2 ** 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
 
 # %% ../nbs/16_training.ipynb #4bbeb982
 MANIFEST = "manifest.json"
