@@ -390,10 +390,10 @@ def test_table_by_hand():
 
 def test_sentences():
     claims = list(A.CLAIMS)
-    assert A.what_holds(RESULTS, "easy-vqa", claims[0]) == "**holds** on easy-vqa: +5.0 ± 0.0 points (5 seeds)"
-    assert A.what_holds(RESULTS, "easy-vqa", claims[1]).startswith("**contradicted** on easy-vqa: -2.0") or "cannot be said" in A.what_holds(RESULTS, "easy-vqa", claims[1])
-    assert A.what_holds(RESULTS, "easy-vqa", claims[2]) == "not run on easy-vqa yet"
-    assert A.what_holds(RESULTS[:1] + RESULTS[5:6], "easy-vqa", claims[0]) == "not run on easy-vqa yet"
+    assert A.what_holds(RESULTS, "easy-vqa", claims[0]) == "**holds**: +5.0 ± 0.0 (5 seeds)"
+    assert A.what_holds(RESULTS, "easy-vqa", claims[1]) == "**contradicted**: -2.0 ± 2.0 (5 seeds)"        # 2.776 * 1.5811 / sqrt 5 = 1.96
+    assert A.what_holds(RESULTS, "easy-vqa", claims[2]) == "not run yet"
+    assert A.what_holds(RESULTS[:1] + RESULTS[5:6], "easy-vqa", claims[0]) == "not run yet"
 
 
 def test_claims_name_rows():

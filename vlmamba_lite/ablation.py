@@ -524,12 +524,13 @@ def ablation_table(results, task, rows, measures=("all",), base="mlp"):
 
 # %% ../nbs/19_ablations.ipynb #a980bc2d
 def plot_rows(results, task, rows, measure="all", ax=None):
-    "Test scores of rows: a point a seed, and mean and 95 % interval beside them. Returns the axes."
+    "Test scores of rows: a point a seed, and mean and 95 % interval below them; an empty line where nothing was run. Returns the axes."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6, 0.32 * len(rows) + 0.7))[1]
-    rows = [row for row in rows if scores(results, task, row, measure)]
     for y, row in enumerate(rows):
         values = list(scores(results, task, row, measure).values())
+        if not values:
+            continue
         ax.plot(values, [y] * len(values), "o", color="0.7", ms=4)
         middle, half = interval(values)
         ax.errorbar(middle, y + 0.28, xerr=0 if math.isinf(half) else half, fmt="o", color="C0", ms=4, capsize=2)
@@ -581,14 +582,14 @@ CLAIMS = {           # claim -> where, the row that should be above, and the oth
 
 # %% ../nbs/19_ablations.ipynb #55a131d3
 def what_holds(results, task, claim, measure="all"):
-    "One sentence about a claim in a task, out of the results: holds, contradicted, cannot be said, or not run."
+    "A claim in a task, out of the results: holds, contradicted, cannot be said, with the paired difference in points; or not run."
     where, above, below = CLAIMS[claim]
     mine, other = scores(results, task, above, measure), scores(results, task, below, measure)
     both, difference = len(set(mine) & set(other)), paired(mine, other)
     if both < 2:
-        return f"not run on {task} yet"
+        return "not run yet"
     word = {"better": "**holds**", "worse": "**contradicted**", "open": "cannot be said"}[verdict(difference)]
-    return f"{word} on {task}: {shown(difference, True)} points ({both} seeds)"
+    return f"{word}: {shown(difference, True)} ({both} seeds)"
 
 
 def claims_table(results, measures):
