@@ -1,5 +1,6 @@
 """Random arguments of a selective scan and the measures the scan tests share."""
 import torch
+from measures import rms_error
 
 from vlmamba_lite.scan import backends
 
@@ -44,13 +45,6 @@ def outputs_and_gradients(scan, args, dtype=torch.float64, **kwargs):
     loss = sum((x * torch.randn(x.shape, generator=g).bfloat16().to(x.dtype)).sum() for x in (y, last))  # exact in every dtype
     grads = torch.autograd.grad(loss, list(leaves.values()))
     return {"y": y.detach(), "last_state": last.detach()}, dict(zip(leaves, grads))
-
-
-def rms_error(got, want):
-    "Relative error as a ratio of root mean squares, measured in float64."
-    got, want = got.double(), want.double()
-    assert got.shape == want.shape
-    return ((got - want).norm() / want.norm().clamp(min=1e-30)).item()
 
 
 def assert_near(got, want, limit):

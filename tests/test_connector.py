@@ -1,6 +1,7 @@
 """The connectors against their equations written out, at several grids, dtypes and options; the cost against PyTorch's counter."""
 import copy
 
+from measures import rms_error
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,10 +33,6 @@ def make(kind, **args):
     if kind is not MLPConnector:
         args = {"d_state": 4, "expand": 1, "dt_rank": 3} | args
     return kind(12, 20, **args)
-
-
-def rms_error(a, b):
-    return ((a - b).double().square().mean().sqrt() / b.double().square().mean().sqrt()).item()
 
 
 def linear(x, p, name):

@@ -4,6 +4,7 @@ import statistics
 import time
 from types import SimpleNamespace
 
+from measures import rms_error
 import pytest
 import safetensors.torch
 import torch
@@ -21,12 +22,6 @@ ARGS = {"mamba": dict(d_state=5), "mamba2": dict(d_state=6, headdim=8, chunk_siz
 every = pytest.mark.parametrize("mixer", sorted(MIXERS))
 both = pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
 V = 37
-
-
-def rms_error(a, b):
-    assert a.shape == b.shape
-    a, b = a.detach().double(), b.detach().double()
-    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
 
 
 def lively(model, seed=0):

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+from measures import rms_error
 import numpy as np
 import pytest
 import torch
@@ -30,12 +31,6 @@ from vlmamba_lite.vision import encoder_spec, half_range, load_encoder, new_towe
 COMBINATIONS = [(connector, mixer) for connector in CONNECTORS for mixer in ("mamba", "mamba2")]
 QUESTION = "what color is the shape?"
 FILES = ["config.json", "model.safetensors", "tokenizer.json"]
-
-
-def rms_error(got, want):
-    got, want = got.double(), want.double()
-    assert got.shape == want.shape
-    return ((got - want).norm() / want.norm().clamp(min=1e-30)).item()
 
 
 def inputs(vocab_size, pictures=2, questions=3, length=7, dtype=torch.float32):

@@ -2,6 +2,7 @@
 import copy
 import math
 
+from measures import assert_same, rms_error, value_and_gradients
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,10 +35,6 @@ sizes = st.tuples(st.integers(1, 6), st.integers(1, 6))
 SMALL = {"d_state": 3, "headdim": 4, "expand": 1}
 
 
-def rms_error(a, b):
-    return ((a - b).double().square().mean().sqrt() / b.double().square().mean().sqrt().clamp(min=1e-30)).item()
-
-
 def shaken(module):
     "No weight is left at a value that hides it (a norm's or a D's 1, a bias' 0)."
     for p in module.parameters():
@@ -53,19 +50,6 @@ def make(dim=8, scan="bsm", **args):
 def tokens(size, dim=8, batch=2, dtype=torch.float64):
     g = torch.Generator().manual_seed(1)
     return torch.randn(batch, size[0] * size[1], dim, generator=g, dtype=dtype)
-
-
-def gradients(f, x, *parameters):
-    x = x.detach().clone().requires_grad_()
-    y = f(x)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
-    return [y, *torch.autograd.grad((y * weights).sum(), [x, *parameters])]
-
-
-def assert_same(found, wanted, tolerance=1e-10):
-    assert len(found) == len(wanted)
-    for i, (a, b) in enumerate(zip(found, wanted)):
-        assert a.shape == b.shape and rms_error(a, b) < tolerance, f"item {i}: {rms_error(a, b)}"
 
 
 def silu(v):
@@ -141,8 +125,8 @@ def mvss_twin(m, x, height, width):
 @pytest.mark.parametrize("scan", ["bsm", "csm"])
 def test_mvss_is_its_definition_one_step_at_a_time(scan, shared, options):
     m, size = make(scan=scan, shared=shared, **options), (3, 4)
-    want = gradients(lambda x: mvss_twin(m, x, *size), tokens(size), *m.parameters())
-    assert_same(gradients(lambda x: m(x, size), tokens(size), *m.parameters()), want)
+    want = value_and_gradients(lambda x: mvss_twin(m, x, *size), tokens(size), *m.parameters())
+    assert_same(value_and_gradients(lambda x: m(x, size), tokens(size), *m.parameters()), want)
     assert all(g.norm() > 0 for g in want)
 
 
@@ -172,7 +156,7 @@ def test_shared_with_the_norm_it_is_vss_on_mamba2(scan):
     with torch.no_grad():
         m.out_proj.bias *= K                                 # VSS adds the bias of its layer once for each direction
     x = tokens((3, 5))
-    assert_same(gradients(lambda x: m(x, (3, 5)), x), gradients(lambda x: vss(x, (3, 5)), x))
+    assert_same(value_and_gradients(lambda x: m(x, (3, 5)), x), value_and_gradients(lambda x: vss(x, (3, 5)), x))
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -309,8 +293,8 @@ def paper_twin(c, x, size):
 def test_the_papers_connector(scan, form, blocks):
     torch.manual_seed(0)
     c, size = shaken(MambaScanConnector(8, 12, scan, form, blocks=blocks, **SMALL)), (2, 3)
-    want = gradients(lambda x: paper_twin(c, x, size), tokens(size), *c.parameters())
-    assert_same(gradients(lambda x: c(x, size), tokens(size), *c.parameters()), want)
+    want = value_and_gradients(lambda x: paper_twin(c, x, size), tokens(size), *c.parameters())
+    assert_same(value_and_gradients(lambda x: c(x, size), tokens(size), *c.parameters()), want)
 
 
 def released_mixer(m, u):
@@ -348,8 +332,8 @@ def test_the_released_connector(size):
     torch.manual_seed(0)
     c = shaken(MambaScanConnector(8, 12, variant="released", d_state=3, headdim=4, chunk_size=5))
     assert len(c.blocks) == 2
-    want = gradients(lambda x: released_twin(c, x), tokens(size), *c.parameters())
-    assert_same(gradients(lambda x: c(x, size), tokens(size), *c.parameters()), want)
+    want = value_and_gradients(lambda x: released_twin(c, x), tokens(size), *c.parameters())
+    assert_same(value_and_gradients(lambda x: c(x, size), tokens(size), *c.parameters()), want)
 
 
 def test_advanced_is_basic_and_swiglu():
@@ -381,9 +365,9 @@ def test_any_grid(variant, size):
 def test_bfloat16_autocast_and_inference_mode(kind):
     torch.manual_seed(0)
     c, x, size = MambaScanConnector(16, 12, **SMALL | kind), tokens((5, 7), 16, dtype=torch.float32), (5, 7)
-    want = gradients(lambda x: c(x, size), x, *c.parameters())
+    want = value_and_gradients(lambda x: c(x, size), x, *c.parameters())
     with torch.autocast("cpu", torch.bfloat16):
-        assert_same(gradients(lambda x: c(x, size).float(), x, *c.parameters()), want, 0.1)
+        assert_same(value_and_gradients(lambda x: c(x, size).float(), x, *c.parameters()), want, 0.1)
     with torch.inference_mode():
         torch.testing.assert_close(c(x, size), want[0])
         assert rms_error(c.double()(x.double(), size), want[0]) < 1e-5

@@ -8,6 +8,7 @@ import importlib.util
 import sys
 import types
 
+from measures import rms_error
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,6 @@ from vlmamba_lite.scan_reference import scan_step
 from vlmamba_lite.ssd import ssd, ssd_backends, ssd_chunked, ssd_recurrent
 
 EXTENSIONS = {"mamba_ssm": "selective_scan_cuda", "causal_conv1d": "causal_conv1d_cuda"}
-
-
-def error(got, want):
-    "Relative RMS error."
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 def theirs_in(modules):
@@ -64,11 +60,11 @@ def test_causal_conv1d(official, L, K, bias, window):
     x, w, b, before = torch.randn(2, L, 5), torch.randn(5, 1, K), torch.randn(5) if bias else None, torch.randn(2, 5, K) if window else None
     want = peer.causal_conv1d_ref(x.mT, w[:, 0], b, initial_states=before[..., 1:] if window else None, activation="silu")
     y, seen = causal_conv1d(x, w, b, before)
-    assert error(F.silu(y), want.mT) < 1e-6
+    assert rms_error(F.silu(y), want.mT) < 1e-6
     state = torch.zeros(2, 5, K) if before is None else before.clone()
     for t in range(L):                                              # the official step keeps its window in place
         y_t, ours = conv_step(x[:, t], state.clone(), w, b)
-        assert error(F.silu(y_t), peer.causal_conv1d_update_ref(x[:, t], state, w[:, 0], b, activation="silu")) < 1e-6
+        assert rms_error(F.silu(y_t), peer.causal_conv1d_update_ref(x[:, t], state, w[:, 0], b, activation="silu")) < 1e-6
         assert_close(ours, state)
     assert_close(mamba.next_window(seen, K), state)
 
@@ -84,7 +80,7 @@ def test_selective_state_update_mamba(official):
     state = h.clone()
     want = update(state, u, dt, A, Bm, C, skip, z, bias, dt_softplus=True)
     new, y = scan_step(h, u, F.softplus(dt + bias), A, Bm[:, None], C[:, None])
-    assert error((y + skip * u) * F.silu(z), want) < 1e-6 and error(new, state) < 1e-6
+    assert rms_error((y + skip * u) * F.silu(z), want) < 1e-6 and rms_error(new, state) < 1e-6
 
 
 def test_selective_state_update_mamba_block(official):
@@ -100,7 +96,7 @@ def test_selective_state_update_mamba_block(official):
         code, B, C = block.x_proj(u).split([block.dt_rank, 5, 5], -1)
         h = state.ssm.clone()
         want = update(h, u, F.linear(code, block.dt_proj.weight), -block.A_log.exp(), B, C, block.D, z, block.dt_proj.bias, dt_softplus=True)
-        assert error(y, block.out_proj(want)) < 1e-6 and error(after.ssm, h) < 1e-6
+        assert rms_error(y, block.out_proj(want)) < 1e-6 and rms_error(after.ssm, h) < 1e-6
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -121,7 +117,7 @@ def test_selective_state_update_mamba2_block(official, groups):
         A = (-block.A_log.exp())[:, None, None].expand(4, 8, 6)
         want = update(h, u.unflatten(1, (4, 8)), dt[..., None].expand(3, 4, 8), A, B.unflatten(1, (groups, 6)), C.unflatten(1, (groups, 6)),
                       heads(block.D), None, heads(block.dt_bias), dt_softplus=True)
-        assert error(y, block.out_proj(block.norm(want.flatten(1), z))) < 1e-6 and error(after.ssm, h) < 1e-6
+        assert rms_error(y, block.out_proj(block.norm(want.flatten(1), z))) < 1e-6 and rms_error(after.ssm, h) < 1e-6
 
 
 # --- SSD ------------------------------------------------------------------------------------------------------------------
@@ -145,8 +141,8 @@ def test_ssd_chunk_scan_combined(official, L, chunk, G):
     right = torch.autograd.grad(want, leaves, g)
     for form in (ssd_recurrent, ssd_chunked):
         y = form(**args, **more, dt_softplus=True, chunk_size=chunk)
-        assert error(y, want) < 2e-6
-        assert max(error(a, b) for a, b in zip(torch.autograd.grad(y, leaves, g), right)) < 1e-5
+        assert rms_error(y, want) < 2e-6
+        assert max(rms_error(a, b) for a, b in zip(torch.autograd.grad(y, leaves, g), right)) < 1e-5
 
 
 def test_ssd_minimal_discrete(official):
@@ -158,7 +154,7 @@ def test_ssd_minimal_discrete(official):
     B, C = (v.expand(-1, -1, 4, -1) for v in (B, C))
     want, last = peer(x * dt[..., None], dt * A, B, C, 16)
     y, h = ssd_chunked(x, dt, A, B, C, return_final_states=True)
-    assert error(y, want) < 1e-12 and error(h, last) < 1e-12
+    assert rms_error(y, want) < 1e-12 and rms_error(h, last) < 1e-12
 
 
 # --- named backends -------------------------------------------------------------------------------------------------------
@@ -182,11 +178,11 @@ def test_ssd_by_name(backend):
     first = torch.randn(2, 4, 8, 16)
     options = dict(**more, dt_softplus=True, dt_limit=(0.01, 1.0), initial_states=first, return_final_states=True)
     for got, want in zip(ssd(**args, **options, backend=backend), ssd_recurrent(**args, **options)):
-        assert error(got, want) < 2e-6
+        assert rms_error(got, want) < 2e-6
     block, named = Mamba2(16, headdim=8), Mamba2(16, headdim=8, backend=backend)
     named.load_state_dict(block.state_dict())
     x = torch.randn(2, 21, 16)
-    assert error(named(x), block(x)) < 1e-5
+    assert rms_error(named(x), block(x)) < 1e-5
 
 
 def test_ssd_of_mamba_ssm_gets_what_it_wants(monkeypatch):
@@ -230,6 +226,6 @@ def test_conv_of_causal_conv1d(official, monkeypatch, make, K):
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 9, 16)
     y = ours(x)
-    assert error(theirs(x), y) < 1e-6
+    assert rms_error(theirs(x), y) < 1e-6
     first, state = theirs(x[:, :4], return_state=True)
-    assert error(torch.cat([first, theirs(x[:, 4:], state)], 1), y) < 1e-5
+    assert rms_error(torch.cat([first, theirs(x[:, 4:], state)], 1), y) < 1e-5

@@ -1,10 +1,11 @@
 """The selective scans against the float64 loop: values, every gradient, and the laws a scan obeys."""
+from measures import rms_error
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scan_cases import DIFFERENTIABLE, FAST, OURS, REFERENCE, assert_near, cast, draw, outputs_and_gradients, rms_error
+from scan_cases import DIFFERENTIABLE, FAST, OURS, REFERENCE, assert_near, cast, draw, outputs_and_gradients
 
 from vlmamba_lite.scan import backends, selective_scan
 from vlmamba_lite.scan_parallel import selective_scan_chunked

@@ -1,6 +1,7 @@
 """Chapter 08: the three forms of SSD against each other in float64, against transformers, and against bad input."""
 import math
 
+from measures import rms_error
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,6 @@ from vlmamba_lite.ssd import (
 
 FORMS = [ssd_recurrent, ssd_quadratic, ssd_chunked]
 LIMIT = (0.02, 1.5)
-
-
-def error(got, want):
-    "Relative RMS error."
-    return ((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)).item()
 
 
 def inputs(b=2, L=17, H=4, P=3, G=2, N=5, dtype=torch.float64, wide_D=False, seed=0):
@@ -116,8 +112,8 @@ def test_float32_stays_close_to_float64(shape):
     for f in (ssd_quadratic, ssd_chunked):
         got = everything(f, small, chunk_size=64)
         assert [i.dtype for i in got] == [torch.float32] * len(got)
-        assert max(error(g, w) for g, w in zip(got[:2], want[:2])) < 2e-6
-        assert max(error(g, w) for g, w in zip(got[2:], want[2:])) < 2e-5
+        assert max(rms_error(g, w) for g, w in zip(got[:2], want[:2])) < 2e-6
+        assert max(rms_error(g, w) for g, w in zip(got[2:], want[2:])) < 2e-5
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -128,8 +124,8 @@ def test_half_precision_inputs_float32_inside(form, autocast):
         y, h = form(**a, dt_softplus=True, chunk_size=8, return_final_states=True)
     want_y, want_h = ssd_recurrent(**{k: v.double() for k, v in a.items()}, dt_softplus=True, return_final_states=True)
     assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
-    assert error(h, want_h) < 1e-6                                           # nothing inside was rounded to bfloat16
-    assert error(y, want_y) < 3e-3                                           # the output was, once
+    assert rms_error(h, want_h) < 1e-6                                           # nothing inside was rounded to bfloat16
+    assert rms_error(y, want_y) < 3e-3                                           # the output was, once
 
 
 def test_segment_sum_by_hand():
@@ -153,8 +149,8 @@ def test_unstable_segment_sums_fail_where_ours_do_not():
     s = a.cumsum(0)
     plain = (s[:, None] - s).masked_fill(torch.ones(64, 64, dtype=torch.bool).triu(1), -math.inf).exp()
     want = segment_sum(a.double()).exp()[1:, 1:]
-    assert error(plain[1:, 1:], want) > 1e-3
-    assert error(decay_matrix(*split_sum(a))[1:, 1:], want) < 1e-6
+    assert rms_error(plain[1:, 1:], want) > 1e-3
+    assert rms_error(decay_matrix(*split_sum(a))[1:, 1:], want) < 1e-6
     assert not ((s.exp()[:, None] * (-s).exp()).tril()).isfinite().all()
 
 
@@ -164,7 +160,7 @@ def test_decay_gradient():
     small = a.detach().float().requires_grad_()
     (got,) = torch.autograd.grad(decay_matrix(*split_sum(small)).sin().sum(), small)
     (want,) = torch.autograd.grad(decay_matrix(*split_sum(a)).sin().sum(), a)
-    assert error(got, want) < 1e-6
+    assert rms_error(got, want) < 1e-6
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -175,7 +171,7 @@ def test_a_reset_ruins_no_other_step(form):
     a["dt"][:, 0] = 1e3
     want = ssd_recurrent(**{k: v.double() for k, v in a.items()}, return_final_states=True)
     for got, right in zip(form(**a, return_final_states=True), want):
-        assert error(got, right) < 2e-6
+        assert rms_error(got, right) < 2e-6
 
 
 def test_strong_forgetting_has_finite_gradients():
@@ -197,8 +193,8 @@ def test_transformers_peer(L, G, N, P, chunk):
     def theirs(x, dt, A, B, C, D, dt_bias, initial_states, **options):
         return modeling.mamba2_chunk_scan(x, dt, A, B, C, chunk, D=D, dt_bias=dt_bias, initial_states=initial_states, **options)
     got, want = everything(ssd_chunked, a, chunk_size=chunk), everything(theirs, a)
-    assert max(error(g, w) for g, w in zip(got[:2], want[:2])) < 1e-5
-    assert max(error(g, w) for g, w in zip(got[2:], want[2:])) < 1e-4
+    assert max(rms_error(g, w) for g, w in zip(got[:2], want[:2])) < 1e-5
+    assert max(rms_error(g, w) for g, w in zip(got[2:], want[2:])) < 1e-4
 
 
 def test_strided_and_expanded_inputs():

@@ -9,6 +9,7 @@ import signal
 import sys
 from dataclasses import asdict, replace
 
+from measures import rms_error
 import numpy as np
 import pytest
 import torch
@@ -25,12 +26,6 @@ from vlmamba_lite.training import (RUN_CONFIG, TRAINING_PRESETS, MetricsLog, Muo
 
 SHORT = TrainingConfig(steps=9, batch_size=8, questions=3, evaluations=3)
 COMBINATIONS = [(connector, mixer) for connector in CONNECTORS for mixer in ("mamba", "mamba2")]
-
-
-def rms_error(got, want):
-    got, want = got.double(), want.double()
-    assert got.shape == want.shape
-    return ((got - want).norm() / want.norm().clamp(min=1e-30)).item()
 
 
 def randn(*shape, seed=0, dtype=torch.float64):

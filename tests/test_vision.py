@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 
+from measures import rms_error
 import numpy as np
 import pytest
 import torch
@@ -15,10 +16,6 @@ from vlmamba_lite.vision import (
     CLIP, CLIP_COLOURS, TIMM_NAMES, TOWER_SHAPES, ConvEncoder, DINOv2, FusedEncoder, Preprocess, SigLIP, ViT, attention_map, build_encoder,
     conv_stage, draw_map, encoder_spec, feature_map, find_file, half_range, load_encoder, load_preprocess, new_tower, preprocess_from_config,
     resize_positions, tower_config, tower_name, vit_hidden)
-
-
-def relative_error(x, y):
-    return ((x.double() - y.double()).square().mean().sqrt() / y.double().square().mean().sqrt()).item()
 
 
 def encoder(dim=12, width=4, image_size=32, seed=0, trained=True):
@@ -65,7 +62,7 @@ def test_equals_the_slow_twin(batch, size, training):
     want = slow_twin(model, images.double(), training)
     tokens, grid = model(images)
     assert tokens.shape == (batch, (size // 8) ** 2, 12) and grid == (size // 8, size // 8)
-    assert relative_error(tokens, want) < 1e-5
+    assert rms_error(tokens, want) < 1e-5
 
 
 def test_gradients_equal_the_slow_twin():
@@ -75,7 +72,7 @@ def test_gradients_equal_the_slow_twin():
     grads = torch.autograd.grad((model(images)[0] * weight).sum(), list(model.parameters()))
     want = torch.autograd.grad((slow_twin(model, images.double()) * weight).sum(), list(model.parameters()))
     for (name, _), g, w in zip(model.named_parameters(), grads, want):
-        assert relative_error(g, w) < 1e-4, name
+        assert rms_error(g, w) < 1e-4, name
 
 
 def test_gradcheck():
@@ -130,7 +127,7 @@ def test_bfloat16():
     model, images = encoder().eval(), torch.rand(2, 3, 32, 32) * 2 - 1
     want = model(images)[0]
     got = model.to(torch.bfloat16)(images.to(torch.bfloat16))[0]
-    assert got.dtype == torch.bfloat16 and relative_error(got, want) < 0.05
+    assert got.dtype == torch.bfloat16 and rms_error(got, want) < 0.05
 
 
 def test_parameter_names_and_shapes():
@@ -234,7 +231,7 @@ def test_vit_equals_the_slow_twin(size):
     grads = torch.autograd.grad((tokens * weight).sum(), list(model.parameters()))
     want = slow_vit(model, images.double())
     wanted = torch.autograd.grad((want * weight).sum(), list(model.parameters()))
-    assert relative_error(tokens, want) < 1e-5
+    assert rms_error(tokens, want) < 1e-5
     for (name, _), g, w in zip(model.named_parameters(), grads, wanted):
         assert (g - w).abs().max() < 1e-4 * max(1, w.abs().max()), name
 
@@ -262,13 +259,13 @@ def test_vit_equals_a_peer():
     for theirs, ours in pairs:
         theirs.load_state_dict(ours.state_dict())
     images = torch.randn(3, 3, 16, 16)
-    assert relative_error(model(images)[0], peer(images).last_hidden_state) < 1e-5
+    assert rms_error(model(images)[0], peer(images).last_hidden_state) < 1e-5
 
 
 def test_vit_bfloat16_and_learning():
     model, images = vit(), torch.randn(2, 3, 16, 24)
     got = model.bfloat16()(images.bfloat16())[0]
-    assert got.dtype == torch.bfloat16 and relative_error(got, model.float()(images)[0]) < 0.1
+    assert got.dtype == torch.bfloat16 and rms_error(got, model.float()(images)[0]) < 0.1
     model = vit().train()
     model(images)[0].square().mean().backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -298,7 +295,7 @@ def test_positions_on_their_own_grid_are_untouched():
     positions = torch.randn(9, 4, requires_grad=True)
     assert resize_positions(positions, 3, (3, 3)) is positions
     got = resize_positions(positions.bfloat16(), 3, (2, 5))
-    assert got.dtype == torch.bfloat16 and relative_error(got, resize_positions(positions, 3, (2, 5))) < 0.01
+    assert got.dtype == torch.bfloat16 and rms_error(got, resize_positions(positions, 3, (2, 5))) < 0.01
 
 
 def test_positions_equal_a_peer():
@@ -475,7 +472,7 @@ def test_tower_equals_the_hidden_state_of_its_peer(name, layer):
             want = peer(images, output_hidden_states=True, **tower.options).hidden_states[layer][:, skip:]
         tokens, grid = tower(images)
         assert grid == (size[0] // 8, size[1] // 8) and tokens.shape == (2, grid[0] * grid[1], 32)
-        assert relative_error(tokens, want) < 1e-5
+        assert rms_error(tokens, want) < 1e-5
 
 
 @pytest.mark.parametrize("name", TOYS)
@@ -489,7 +486,7 @@ def test_tower_from_picture_to_tokens(name):
     image = picture(50, 41)
     pixel_values = peer_processor(PEERS[config[0]][0], **config[1])(image, return_tensors="pt")["pixel_values"]
     want = peer_of(tower, name)(pixel_values, output_hidden_states=True).hidden_states[-2][:, tower.skip:]
-    assert relative_error(tower(tower.preprocess(image))[0], want) < 1e-5
+    assert rms_error(tower(tower.preprocess(image))[0], want) < 1e-5
 
 
 @pytest.mark.parametrize("name", TOYS)
@@ -498,7 +495,7 @@ def test_tower_bfloat16(name):
     want = tower(images)[0]
     half = tower.bfloat16()
     assert half(images)[0].dtype == torch.float32 and half(images.bfloat16())[0].dtype == torch.bfloat16
-    assert relative_error(half(images)[0], want) < 0.1
+    assert rms_error(half(images)[0], want) < 0.1
 
 
 @pytest.mark.parametrize("name,millions,tokens", [("google/siglip-so400m-patch14-384", 428.2, 729), ("facebook/dinov2-large", 304.4, 1369),
@@ -561,7 +558,7 @@ def test_loads_from_a_folder(name, tmp_path):
     assert type(tower) is family and tower.preprocess == own and tower.layer == 2 and tower.frozen and not tower.training
     images = torch.randn(1, 3, 32, 40)
     want = whole(images, output_hidden_states=True, **tower.options).hidden_states[2][:, tower.skip:]
-    assert relative_error(tower(images)[0], want) < 1e-6
+    assert rms_error(tower(images)[0], want) < 1e-6
     assert load_encoder(tmp_path, image_size=48).preprocess == Preprocess((48, 48), None, *CLIP_COLOURS)
     assert load_encoder(tmp_path, pad_to_square=True).preprocess == Preprocess(33, (32, 32), *CLIP_COLOURS, pad_to_square=True)
     assert next(load_encoder(tmp_path, dtype=torch.bfloat16).parameters()).dtype == torch.bfloat16
@@ -579,7 +576,7 @@ def test_takes_the_vision_half_of_a_whole_model(name, tmp_path):
     tower = load_encoder(tmp_path, preprocess=Preprocess((32, 32)))
     images = torch.randn(1, 3, 32, 32)
     want = whole.vision_model(images, output_hidden_states=True).hidden_states[-2][:, tower.skip:]
-    assert relative_error(tower(images)[0], want) < 1e-6
+    assert rms_error(tower(images)[0], want) < 1e-6
 
 
 def test_loading_refuses(tmp_path):
@@ -646,7 +643,7 @@ def test_fused_is_side_by_side():
     assert tokens.shape == (1, 16, 64) and grid == (4, 4)
     pixels = fused.preprocess.pixels(image)                                  # the same bytes in each tower's colours
     want = torch.cat([tower(tower.preprocess.normalize(pixels))[0] for tower in (dino, siglip)], -1)
-    assert relative_error(tokens, want) < 1e-5
+    assert rms_error(tokens, want) < 1e-5
     swapped = FusedEncoder([siglip, dino], preprocess=fused.preprocess)(fused.preprocess(image))[0]
     torch.testing.assert_close(swapped, tokens.roll(32, -1))
     clip = FusedEncoder([toy("tiny-clip")])                                  # one tower that takes pictures in [-1, 1]
@@ -658,7 +655,7 @@ def test_half_range():
     assert half_range(siglip) is siglip and half_range(conv) is conv and half_range(fused := half_range(clip)) is fused
     pixels = clip.preprocess.pixels(picture(40, 50))
     want = clip(clip.preprocess.normalize(pixels))[0]
-    assert relative_error(fused(pixels.float() / 127.5 - 1)[0], want) < 1e-5
+    assert rms_error(fused(pixels.float() / 127.5 - 1)[0], want) < 1e-5
     assert fused.preprocess == Preprocess(32, (32, 32)) and fused.dim == 32
 
 
@@ -743,7 +740,7 @@ def test_attention_of_the_vit():
     block = model.blocks[1]
     weights = block.attention(x)
     y = x + block.out((weights @ block.split(x)[2]).transpose(1, 2).flatten(2))
-    assert relative_error(block(x), y + block.mlp(block.norm2(y))) < 1e-5
+    assert rms_error(block(x), y + block.mlp(block.norm2(y))) < 1e-5
     torch.testing.assert_close(attention_map(model, images, (3, 1)), weights[:, :, 7].unflatten(-1, grid))
     torch.testing.assert_close(attention_map(model, images).sum((2, 3)), torch.ones(2, 3))
 

@@ -1,6 +1,7 @@
 """Scan orders, cross scan and merge, VSS, SS2D and what scans see: exact inverses, definitions, symmetries, slow twins."""
 import math
 
+from measures import assert_same, rms_error, value_and_gradients
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,22 +33,6 @@ from vlmamba_lite.vss import (
 few = settings(deadline=None, max_examples=25, derandomize=True, database=None)
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
 kinds = st.sampled_from(sorted(SCANS))
-
-
-def rms_error(a, b):
-    return ((a - b).double().square().mean().sqrt() / b.double().square().mean().sqrt().clamp(min=1e-30)).item()
-
-
-def gradients(f, x, *parameters):
-    y = f(x)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
-    return [y, *torch.autograd.grad((y * weights).sum(), [x, *parameters])]
-
-
-def assert_same(found, wanted, tolerance=1e-10):
-    assert len(found) == len(wanted)
-    for i, (a, b) in enumerate(zip(found, wanted)):
-        assert a.shape == b.shape and rms_error(a, b) < tolerance, f"item {i}: {rms_error(a, b)}"
 
 
 # --- orders ----------------------------------------------------------------------------------------------------------
@@ -176,8 +161,8 @@ def test_vss_is_its_definition(kind, size, shared):
     torch.manual_seed(0)
     module = VSS(8, kind, shared=shared, d_state=4, bias=True).double()
     order, x = scan_order(*size, kind), torch.randn(2, size[0] * size[1], 8, dtype=torch.float64, requires_grad=True)
-    slow = gradients(lambda x: vss_definition(module.mixers, x, order), x, *module.parameters())
-    assert_same(gradients(lambda x: module(x, size), x, *module.parameters()), slow)
+    slow = value_and_gradients(lambda x: vss_definition(module.mixers, x, order), x, *module.parameters())
+    assert_same(value_and_gradients(lambda x: module(x, size), x, *module.parameters()), slow)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -257,10 +242,10 @@ def test_bfloat16(shared):
 def test_autocast_and_inference_mode(make):
     torch.manual_seed(0)
     module, x = make(16), torch.randn(2, 35, 16)
-    want = gradients(lambda x: module(x, (5, 7)), x.requires_grad_(), *module.parameters())
+    want = value_and_gradients(lambda x: module(x, (5, 7)), x.requires_grad_(), *module.parameters())
     with torch.autocast("cpu", torch.bfloat16):
         got = module(x, (5, 7))
-        assert_same(gradients(lambda x: module(x, (5, 7)).float(), x, *module.parameters()), want, 0.1)
+        assert_same(value_and_gradients(lambda x: module(x, (5, 7)).float(), x, *module.parameters()), want, 0.1)
     assert got.dtype == torch.bfloat16
     with torch.inference_mode():
         torch.testing.assert_close(module(x, (5, 7)), want[0])
@@ -383,8 +368,8 @@ def test_ss2d_is_vmambas_definition(size):
         p.data += 0.1 * torch.randn_like(p)
     x = torch.randn(2, size[0] * size[1], 6, dtype=torch.float64, requires_grad=True)
     p = dict(module.named_parameters())
-    want = gradients(lambda x: ss2d_twin(p, x, *size), x, *p.values())
-    assert_same(gradients(lambda x: module(x, size), x, *p.values()), want, 1e-9)
+    want = value_and_gradients(lambda x: ss2d_twin(p, x, *size), x, *p.values())
+    assert_same(value_and_gradients(lambda x: module(x, size), x, *p.values()), want, 1e-9)
 
 
 def test_ss2d_has_vmambas_parameters_and_starts_as_mamba_does():

@@ -3,9 +3,10 @@ because TRITON_INTERPRET=1 has to be in the environment before Triton is importe
 
     TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py
 """
+from measures import rms_error
 import pytest
 import torch
-from scan_cases import DIFFERENTIABLE, assert_near, cast, draw, outputs_and_gradients, rms_error
+from scan_cases import DIFFERENTIABLE, assert_near, cast, draw, outputs_and_gradients
 
 from vlmamba_lite import scan_triton
 from vlmamba_lite.scan_reference import selective_scan_reference

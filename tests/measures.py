@@ -1,0 +1,29 @@
+"""What the tests measure with."""
+import torch
+
+
+def rms_error(got, want):
+    "Relative error as a ratio of root mean squares, measured in float64."
+    got, want = got.double(), want.double()
+    assert got.shape == want.shape
+    return ((got - want).norm() / want.norm().clamp(min=1e-30)).item()
+
+
+def gradients(outputs, inputs):
+    "Gradients of some inputs under one fixed loss in which every number of the outputs has a weight of its own."
+    weights = [torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view(y.shape) for y in outputs]
+    return torch.autograd.grad(sum((y.double() * w).sum() for y, w in zip(outputs, weights)), inputs)
+
+
+def value_and_gradients(f, x, *parameters):
+    "y = f(x), and the gradients of x and of parameters of f."
+    x = x.detach().clone().requires_grad_()
+    y = f(x)
+    return [y, *gradients([y], [x, *parameters])]
+
+
+def assert_same(found, wanted, tolerance=1e-10):
+    "Two lists of tensors, each within `tolerance` of the other's."
+    assert len(found) == len(wanted)
+    errors = [rms_error(a, b) for a, b in zip(found, wanted)]
+    assert all(e < tolerance for e in errors), errors
