@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from measures import lively
 from safetensors.torch import load_file, save_file
 
 from vlmamba_lite.checkpoints import KeyReport, from_pretrained, original_config, published_config, save_pretrained
@@ -31,15 +32,6 @@ MODELS = {
                                save_dtype=torch.bfloat16),
 }
 every = pytest.mark.parametrize("name", MODELS)
-
-
-def lively(model, seed=0):
-    "Every parameter moved a little, so that nothing is one or zero by initialisation."
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.2 * torch.randn(p.shape, generator=g).to(p)
-    return model
 
 
 def write_peer(folder, kind, shard="1GB", save_dtype=torch.float32, **config):

@@ -4,7 +4,7 @@ import statistics
 import time
 from types import SimpleNamespace
 
-from measures import rms_error
+from measures import lively, rms_error
 import pytest
 import safetensors.torch
 import torch
@@ -22,15 +22,6 @@ ARGS = {"mamba": dict(d_state=5), "mamba2": dict(d_state=6, headdim=8, chunk_siz
 every = pytest.mark.parametrize("mixer", sorted(MIXERS))
 both = pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
 V = 37
-
-
-def lively(model, seed=0):
-    "Every parameter moved a little, so that nothing is one or zero by initialisation."
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.2 * torch.randn(p.shape, generator=g).to(p)
-    return model
 
 
 def make(mixer, dtype=torch.float64, **kwargs):
