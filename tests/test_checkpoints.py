@@ -383,6 +383,29 @@ def no_network(*args, **kwargs):
     raise AssertionError("the network was asked")
 
 
+@pytest.mark.parametrize("shard", ["5GB", "3KB"])
+def test_a_save_that_breaks_off_never_mixes_old_and_new_weights(shard, tmp_path, monkeypatch):
+    "What is loaded after it is the old model, the new one, or nothing."
+    first, second = (MambaLM(MambaConfig(16, 2, V, mixer_args=dict(d_state=5))) for _ in range(2))
+    first.save_pretrained(tmp_path, max_shard_size=shard)
+    written = []
+
+    def breaks(tensors, path, **kwargs):
+        if written:
+            raise OSError("no space left")
+        written.append(save_file(tensors, path, **kwargs))
+    monkeypatch.setattr("vlmamba_lite.checkpoints.save_file", breaks)
+    if shard == "5GB":
+        written.append(None)
+    with pytest.raises(OSError, match="no space left"):
+        second.save_pretrained(tmp_path, max_shard_size=shard)
+    if shard == "3KB":
+        with pytest.raises(FileNotFoundError, match="got none of config.json"):
+            from_pretrained(tmp_path)
+    else:
+        assert all(map(torch.equal, from_pretrained(tmp_path).parameters(), first.parameters()))
+
+
 def test_a_folder_needs_no_network(tmp_path, monkeypatch):
     write_peer(tmp_path, "mamba", tie_word_embeddings=True)
     monkeypatch.setattr("vlmamba_lite.checkpoints.hf_hub_download", no_network)

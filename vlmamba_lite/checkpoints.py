@@ -347,6 +347,8 @@ def save_pretrained(model, folder, max_shard_size="5GB", **fields):
     folder, config = Path(folder), config_of(model) | dict(bos_token_id=None, eos_token_id=None, pad_token_id=None) | fields
     weights = {their_name(name): p.detach().contiguous() for name, p in model.named_parameters()}
     plan = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size)
+    if plan.is_sharded:
+        (folder / CONFIG).unlink(missing_ok=True)        # until the last shard is new, nobody shall load them with the old ones
     for file, names in plan.filename_to_tensors.items():
         shard = {name: weights[name] for name in names}
         write_atomically(folder / file, partial(save_file, shard, metadata={"format": "pt"}))
