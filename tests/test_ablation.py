@@ -288,6 +288,17 @@ def test_runs_that_are_done_are_skipped_and_new_ones_announced(quick, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_another_process_has_run_meanwhile_is_not_run_again(quick, tmp_path):
+    told = []
+
+    def other(result):
+        "Finishes the second run while the first is announced."
+        told.append(result["row"])
+        A.run_grid(["b"], ["one"], 1, tmp_path)
+    results = A.run_grid(["a", "b"], ["one"], 1, tmp_path, on_row=other)
+    assert told == ["a"] and [r["row"] for r in results] == ["a", "b"]
+
+
 def test_same_seed_same_result(quick, tmp_path):
     one, two = (A.run_grid(["a"], ["one"], 1, tmp_path / name)[0] for name in "xy")
     assert all(one[k] == two[k] for k in ("test", "curve", "parameters"))

@@ -430,11 +430,13 @@ def at_work(threads, device):
 
 # %% ../nbs/19_ablations.ipynb #d49f690c
 def _finish(run, device, on_row):
-    "Runs one run of a plan, writes its file, announces it, and returns what the file holds."
-    write_result(run["path"], **run_row(run["task"], run["row"], run["seed"], device))
-    result = json.loads(run["path"].read_text(encoding="utf-8"))
-    if on_row is not None:
-        on_row(result)
+    "What the file of a run holds: it is run, written and announced, unless another process has done so since the plan was made."
+    settings = row_settings(run["task"], run["row"])
+    if (result := kept_result(run["path"], settings)) is None:
+        write_result(run["path"], **run_row(run["task"], run["row"], run["seed"], device))
+        result = kept_result(run["path"], settings)
+        if on_row is not None:
+            on_row(result)
     return result
 
 # %% ../nbs/19_ablations.ipynb #74ab3cc9
