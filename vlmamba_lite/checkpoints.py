@@ -7,7 +7,8 @@ __all__ = ['ORIGINAL_LAYERS', 'NOT_OURS', 'CONFIG', 'WEIGHTS', 'our_name', 'thei
            'original_mixer_args', 'original_config', 'json_float', 'transformers_mixer_args', 'transformers_config',
            'published_config', 'local_file', 'hub_file', 'file_getters', 'first_file', 'read_json', 'shard_names',
            'find_checkpoint', 'unpickled', 'tensors_in', 'place', 'KeyReport', 'Filling', 'add_tensor', 'load_weights',
-           'from_pretrained', 'config_of', 'mixer_fields', 'write_json', 'remove_old_shards', 'save_pretrained']
+           'from_pretrained', 'config_of', 'mixer_fields', 'write_json', 'remove_old_shards', 'write_shards',
+           'save_pretrained']
 
 # %% ../nbs/12_checkpoints.ipynb #b638bf94
 import json
@@ -338,14 +339,9 @@ def remove_old_shards(folder, keep):
         if path.name not in keep:
             path.unlink(missing_ok=True)
 
-# %% ../nbs/12_checkpoints.ipynb #cba90bc1
-def save_pretrained(model, folder, max_shard_size="5GB", **fields):
-    """Writes a `MambaLM` to a folder that transformers and `from_pretrained` load, in the dtype it has.
-
-    fields: more for config.json, as `eos_token_id=0`. Raises a ValueError for a model that the layout cannot describe.
-    """
-    folder, config = Path(folder), config_of(model) | dict(bos_token_id=None, eos_token_id=None, pad_token_id=None) | fields
-    weights = {their_name(name): p.detach().contiguous() for name, p in model.named_parameters()}
+# %% ../nbs/12_checkpoints.ipynb #27b930f2
+def write_shards(folder, weights, max_shard_size):
+    "Writes tensors by name to safetensors files of at most that size, and an index of several; removes those of an earlier save."
     plan = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size)
     if plan.is_sharded:
         (folder / CONFIG).unlink(missing_ok=True)        # until the last shard is new, nobody shall load them with the old ones
@@ -356,4 +352,14 @@ def save_pretrained(model, folder, max_shard_size="5GB", **fields):
     for file in index:
         write_json(folder / file, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
     remove_old_shards(folder, [*plan.filename_to_tensors, *index])
+
+# %% ../nbs/12_checkpoints.ipynb #cba90bc1
+def save_pretrained(model, folder, max_shard_size="5GB", **fields):
+    """Writes a `MambaLM` to a folder that transformers and `from_pretrained` load, in the dtype it has.
+
+    fields: more for config.json, as `eos_token_id=0`. Raises a ValueError for a model that the layout cannot describe.
+    """
+    folder, config = Path(folder), config_of(model) | dict(bos_token_id=None, eos_token_id=None, pad_token_id=None) | fields
+    weights = {their_name(name): p.detach().contiguous() for name, p in model.named_parameters()}
+    write_shards(folder, weights, max_shard_size)
     write_json(folder / CONFIG, config)
