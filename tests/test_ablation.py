@@ -407,6 +407,17 @@ def test_sentences():
     assert A.what_holds(RESULTS[:1] + RESULTS[5:6], "easy-vqa", claims[0]) == "not run yet"
 
 
+def test_rows_that_may_guess_are_not_compared():
+    "MLP 72.0 ± 2.0, VSS-L2 77.0 ± 2.0: a verdict needs one of them above the guesser, interval and all."
+    claim, worse = list(A.CLAIMS)[:2]
+    assert not A.may_guess({0: 71, 1: 72, 2: 73}, 69.5) and A.may_guess({0: 71, 1: 72, 2: 73}, 69.6)                # 4.303 / sqrt 3 = 2.48
+    assert A.what_holds(RESULTS, "easy-vqa", claim, floor=74.9) == "**holds**: +5.0 ± 0.0 (5 seeds)"                # the MLP may guess
+    assert A.what_holds(RESULTS, "easy-vqa", claim, floor=75.1) == "both may guess: +5.0 ± 0.0 (5 seeds)"
+    assert A.what_holds(RESULTS, "easy-vqa", worse, floor=75.1).startswith("both may guess")
+    table = A.claims_table(RESULTS, {("easy-vqa", "all"): 0, ("easy-vqa-short", "all"): 0}).split("\n")
+    assert len(table) == 2 + len(A.CLAIMS) and table[0] == "| claim | whose | easy-vqa, all | easy-vqa-short, all |"
+
+
 def test_claims_name_rows():
     assert {row for _, *rows in A.CLAIMS.values() for row in rows} <= set(A.ROWS)
 

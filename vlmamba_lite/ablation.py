@@ -9,7 +9,7 @@ __all__ = ['ROWS', 'TASKS', 'CLEVR_QUESTIONS', 'CLEVR_TYPES', 'CLEVR_PHASES', 'P
            'clevr_tokenizer', 'clevr_turns', 'clevr_set', 'clevr_batch', 'grid_positions', 'place_eyes', 'load_clevr',
            'row_settings', 'examine', 'train_row', 'start_row', 'run_row', 'kept_result', 'grid_plan', 'at_work',
            'run_grid', 'timed_price', 'priced', 'cost_table', 'read_grid', 'scores', 'shown', 'ablation_table',
-           'plot_rows', 'paper_table', 'what_holds', 'claims_table', 'plot_curve']
+           'plot_rows', 'paper_table', 'may_guess', 'what_holds', 'claims_table', 'plot_curve']
 
 # %% ../nbs/19_ablations.ipynb #34151474
 import json
@@ -583,21 +583,28 @@ CLAIMS = {           # claim -> where, the row that should be above, and the oth
     "the question before the picture helps": ("after Cobra", "question_first", "lite")}
 
 # %% ../nbs/19_ablations.ipynb #55a131d3
-def what_holds(results, task, claim, measure="all"):
-    "A claim in a task, out of the results: holds, contradicted, cannot be said, with the paired difference in points; or not run."
+def may_guess(scores, floor):
+    "Whether the interval of a row's scores, a dict seed -> score, reaches down to `floor`, what a guesser scores."
+    middle, half = interval(list(scores.values()))
+    return middle - half <= floor
+
+
+def what_holds(results, task, claim, measure="all", floor=-math.inf):
+    "A claim in a task, with the paired difference in points: holds, contradicted, cannot be said, both may guess (see `may_guess`); or not run."
     where, above, below = CLAIMS[claim]
     mine, other = scores(results, task, above, measure), scores(results, task, below, measure)
     both, difference = len(set(mine) & set(other)), paired(mine, other)
     if both < 2:
         return "not run yet"
     word = {"better": "**holds**", "worse": "**contradicted**", "open": "cannot be said"}[verdict(difference)]
-    return f"{word}: {shown(difference, True)} ({both} seeds)"
+    return f"{'both may guess' if may_guess(mine, floor) and may_guess(other, floor) else word}: {shown(difference, True)} ({both} seeds)"
 
-
+# %% ../nbs/19_ablations.ipynb #3fa08c87
 def claims_table(results, measures):
-    "What holds of `CLAIMS`, as a Markdown table; measures: pairs (task, measure), a column each."
+    "What holds of `CLAIMS`, as a Markdown table; measures: {(task, measure): what a guesser scores, in percent}, a column each."
     shows = {"claim": lambda claim: claim, "whose": lambda claim: CLAIMS[claim][0]}
-    shows |= {f"{task}, {measure}": lambda claim, task=task, measure=measure: what_holds(results, task, claim, measure) for task, measure in measures}
+    shows |= {f"{task}, {measure}": lambda claim, task=task, measure=measure, floor=floor: what_holds(results, task, claim, measure, floor)
+              for (task, measure), floor in measures.items()}
     return comparison_table(list(CLAIMS), shows)
 
 # %% ../nbs/19_ablations.ipynb #4f7716b7
