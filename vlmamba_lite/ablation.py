@@ -597,7 +597,9 @@ def what_holds(results, task, claim, measure="all", floor=-math.inf):
     if both < 2:
         return "not run yet"
     word = {"better": "**holds**", "worse": "**contradicted**", "open": "cannot be said"}[verdict(difference)]
-    return f"{'both may guess' if may_guess(mine, floor) and may_guess(other, floor) else word}: {shown(difference, True)} ({both} seeds)"
+    if may_guess(mine, floor) and may_guess(other, floor):
+        word = "both may guess"
+    return f"{word}: {shown(difference, True)} ({both} seeds)"
 
 # %% ../nbs/19_ablations.ipynb #3fa08c87
 def claims_table(results, measures):
