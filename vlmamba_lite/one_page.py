@@ -36,14 +36,13 @@ class ConvEncoder(nn.Module):
 # %% ../nbs/00_one_page.ipynb #3c3d3d34
 def selective_scan(u, delta, A, B, C, D):
     "Mamba's scan (arXiv 2312.00752, algorithm 2): u, delta (b, L, d), A (d, n), B, C (b, L, n), D (d) -> y (b, L, d)."
-    h = u.new_zeros(len(u), *A.shape)                                       # (b, d, n): before the first token, nothing
-    ys = []
-    for u_t, delta_t, B_t, C_t in zip(*(x.unbind(1) for x in (u, delta, B, C))):
-        keep = torch.exp(delta_t[..., None] * A)                            # (b, d, n), between 0 and 1
-        write = (delta_t * u_t)[..., None] * B_t[:, None]                   # (b, d, n)
-        h = keep * h + write
-        ys.append((h * C_t[:, None]).sum(-1))                               # (b, d)
-    return torch.stack(ys, 1) + D * u
+    keep = torch.exp(delta[..., None] * A)                                  # (b, L, d, n), between 0 and 1
+    write = (delta * u)[..., None] * B[:, :, None]                          # (b, L, d, n)
+    h, states = 0, []                                                       # before the first token, nothing
+    for keep_t, write_t in zip(keep.unbind(1), write.unbind(1)):
+        h = keep_t * h + write_t                                            # (b, d, n)
+        states.append(h)
+    return (torch.stack(states, 1) * C[:, :, None]).sum(-1) + D * u
 
 # %% ../nbs/00_one_page.ipynb #78048731
 def first_steps(n):
@@ -236,7 +235,7 @@ def right_answers(model, images, ids, labels):
 
 # %% ../nbs/00_one_page.ipynb #f2def0da
 def train(model, images, ids, labels, validation, steps, lr=3e-3, batch_size=32, questions=3):
-    "Trains a VLMamba; returns ten times on the way: step, loss, shares of right answers about validation pictures."
+    "Trains a VLMamba; returns five times on the way: step, loss, shares of right answers about validation pictures."
     matrices = [p for n, p in model.named_parameters() if p.ndim > 1 and not re.search("embed|posit|conv1d|A_log", n)]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     optimizers = Muon(matrices, {"lr": lr}), torch.optim.AdamW(others, lr, betas=(0.9, 0.98))
@@ -255,7 +254,7 @@ def train(model, images, ids, labels, validation, steps, lr=3e-3, batch_size=32,
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr * min(1, step / 15, 3.3 * (1 - step / steps))     # up, level, down
             optimizer.step()
-        if (step + 1) % max(steps // 10, 1) == 0:
+        if (step + 1) % max(steps // 5, 1) == 0:
             history.append((step + 1, loss.item(), *right_answers(model, *validation)[2]))
             print("step {:4}  loss {:.2f}  right: what {:.1%}, yes or no {:.1%}, all {:.1%}".format(*history[-1]))
     return history
