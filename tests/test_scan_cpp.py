@@ -12,7 +12,7 @@ from scan_cases import assert_near, cast, draw, outputs_and_gradients
 from vlmamba_lite import scan_parallel
 from vlmamba_lite.scan import backends, selective_scan
 from vlmamba_lite.scan_parallel import FusedScan, selective_scan_chunked, selective_scan_cpp
-from vlmamba_lite.scan_reference import selective_scan_reference
+from vlmamba_lite.ops.reference import selective_scan_reference
 
 pytestmark = pytest.mark.skipif(scan_parallel.without_compiler() is not None, reason=str(scan_parallel.without_compiler()))
 

@@ -9,7 +9,7 @@ from scan_cases import OURS, cast, draw
 from vlmamba_lite import scan as scan_module
 from vlmamba_lite.scan import backends, selective_scan
 from vlmamba_lite.scan_parallel import selective_scan_chunked
-from vlmamba_lite.scan_reference import check_scan_inputs
+from vlmamba_lite.ops.reference import check_scan_inputs
 
 
 def zeros(*shape):

@@ -9,7 +9,7 @@ import torch
 from scan_cases import DIFFERENTIABLE, assert_near, cast, draw, outputs_and_gradients
 
 from vlmamba_lite import scan_triton
-from vlmamba_lite.scan_reference import selective_scan_reference
+from vlmamba_lite.ops.reference import selective_scan_reference
 from vlmamba_lite.scan_triton import INTERPRETED, _PLACES, _scan_backward_op, _scan_op, selective_scan_triton
 from vlmamba_lite.vss import SS2D, VSS, _kept_order, _order_once, scan_order
 
