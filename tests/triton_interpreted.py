@@ -372,7 +372,7 @@ def test_bench_picture_compares_two_ways(monkeypatch):
 
 
 def test_behind_the_one_door():
-    from vlmamba_lite.scan import backends, selective_scan
+    from vlmamba_lite.ops.selective_scan import backends, selective_scan
     args = cast(draw(1, 3, 2, 2), torch.float32)
     assert backends()["triton"] is None
     assert torch.equal(selective_scan(**args, backend="triton"), selective_scan_triton(**args))

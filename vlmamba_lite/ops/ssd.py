@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .reference import require, scan_dtype
-from ..scan import without_cuda_package
+from .selective_scan import without_cuda_package
 
 # %% ../../nbs/ops/04_ssd.ipynb #ac3f4fc2
 def segment_sum(a):
