@@ -176,7 +176,7 @@ def _places(order, t, ORDERED: tl.constexpr):
 
 @triton.jit
 def _path(order, g, K, groups, L):
-    "The row of `order` (K, L in whole fours) that group g follows; something that nobody reads if there is no order."
+    "The row of `order` (K, L in whole fours) that group g follows; unused where there is no order."
     if order is None:
         return g
     else:
