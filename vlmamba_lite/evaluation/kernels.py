@@ -21,7 +21,8 @@ import torch.nn.functional as F
 import triton
 
 from ..ops.chunked import selective_scan_chunked
-from ..ops.triton import INTERPRETED, least_seconds, scan_backward, scan_forward, scan_simple, selective_scan_triton
+from ..ops.triton import (INTERPRETED, least_seconds, scan_backward, scan_forward, scan_simple,
+                                     selective_scan_triton)
 from ..vss import scan_order
 
 # %% ../../nbs/evaluation/kernels.ipynb #7e799ae8
@@ -41,7 +42,8 @@ def _signature(kernel, constants, dtype, channels_fastest, unhinted):
         elif name in NUMBERS:
             types[name] = "i32"
         elif name in STRIDED:
-            types[name] = (f"*{dtype}", *("constexpr" if j == fastest else "i32" if j > 2 else "i64" for j in range(1, 5)))
+            strides = ("constexpr" if j == fastest else "i32" if j > 2 else "i64" for j in range(1, 5))
+            types[name] = (f"*{dtype}", *strides)
             fixed[i, fastest] = 1
             attrs |= {(i, j): aligned for j in range(5) if j != fastest}
         else:
@@ -74,24 +76,26 @@ def inner_loops(text):
     jumps = [(re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line), k) for k, (_, line) in enumerate(lines)]
     loops = [(place[int(m[1], 16)], k) for m, k in jumps if m and place.get(int(m[1], 16), k) < k]
     inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
-    return [[re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for _, line in lines[a:b + 1]] for a, b in inner]
+    return [[re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for _, line in lines[a:b + 1]]
+            for a, b in inner]
 
 
 def count(kernel, constants, steps=4, warps=1, **form):
     "Instructions per state entry in the loops over time that hold exponentials, and what else the machine code says."
     text, registers, stack = compile_static(kernel, constants, warps=warps, **form)
     names = collections.Counter(n for loop in inner_loops(text) if loop.count("MUFU") >= steps for n in loop)
-    each = steps * constants["BN"] * constants["BD"] / (32 * warps)                # state entries of a thread in the loop
-    total = {"shuffles": ("SHFL",), "barriers": ("BAR",), "loads": ("LDG",), "spills": ("LDL", "STL"), "exponentials": ("MUFU",)}
+    each = steps * constants["BN"] * constants["BD"] / (32 * warps)            # state entries of a thread in the loop
+    total = {"shuffles": ("SHFL",), "barriers": ("BAR",), "loads": ("LDG",), "spills": ("LDL", "STL"),
+             "exponentials": ("MUFU",)}
     return {"instructions": sum(names.values()) / each, "registers": registers, "spilled": stack,
             **{k: sum(names[n] for n in v) / each for k, v in total.items()}}
 
 # %% ../../nbs/evaluation/kernels.ipynb #d87368dc
 def _case(kernel, options=False, order=None, **how):
-    "The constants of a kernel for N = 16, groups of whole blocks, B and C that change with time. order: None, 'all' or 'along paths'."
+    "The constants of a kernel for N = 16, whole blocks, B and C that change. order: None, 'all' or 'along paths'."
     fast = how.get("channels_fastest", False)
-    constants = dict(GB=1, GC=1, BN=how.pop("BN", 16), BD=32, EVEN=True, SOFTPLUS=options, HAS_Z=options, VEC=not fast, WHOLE=True,
-                     READ=order == "all", WRITE=order is not None, NEAR=fast)
+    constants = dict(GB=1, GC=1, BN=how.pop("BN", 16), BD=32, EVEN=True, SOFTPLUS=options, HAS_Z=options,
+                     VEC=not fast, WHOLE=True, READ=order == "all", WRITE=order is not None, NEAR=fast)
     missing = (() if options else ("D", "bias", "gD", "gbias")) + (() if order else ("order",))
     constants |= {k: None for k in missing}
     return kernel, {k: v for k, v in constants.items() if k in kernel.arg_names}, how
@@ -102,7 +106,8 @@ def static_cases():
     fast = dict(channels_fastest=True)
     cases = {"simple, as it comes": _case(scan_simple, steps=1, **fast),
              "simple, one lane one channel": _case(scan_simple, steps=1, unhinted=["A"], **fast),
-             "forward, float32": _case(scan_forward, dtype="fp32"), "forward, N = 64": _case(scan_forward, BN=64, warps=4)}
+             "forward, float32": _case(scan_forward, dtype="fp32"),
+             "forward, N = 64": _case(scan_forward, BN=64, warps=4)}
     forms = {"": {}, ", channels fastest": fast, ", order": {**fast, "order": "all"},
              ", along paths": {**fast, "order": "along paths"}}
     for name, kernel in (("forward", scan_forward), ("backward", scan_backward)):
@@ -113,21 +118,23 @@ def static_cases():
 
 def static_counts(names=None):
     "Instruction counts of the kernels, compiled for sm_90 on whatever machine this is: a list of dicts."
-    return [{"name": name, **count(kernel, constants, **how)} for name, (kernel, constants, how) in static_cases().items()
-            if names is None or name in names]
+    return [{"name": name, **count(kernel, constants, **how)}
+            for name, (kernel, constants, how) in static_cases().items() if names is None or name in names]
 
 # %% ../../nbs/evaluation/kernels.ipynb #affabdbd
-SHAPES = {"130m": (8, 1536, 2048, 16, 1), "790m": (8, 3072, 2048, 16, 1), "2.8b": (2, 5120, 2048, 16, 1), "7b": (8, 4096, 2048, 16, 1),
-          "long": (1, 1536, 16384, 16, 1), "vlm prefill": (4, 5120, 985, 16, 1), "vlm prefill, one row": (1, 5120, 985, 16, 1),
-          "connector 24 x 24": (16, 1024, 576, 16, 4), "connector 27 x 27": (16, 1024, 729, 16, 4), "N = 8": (8, 1536, 2048, 8, 1),
+SHAPES = {"130m": (8, 1536, 2048, 16, 1), "790m": (8, 3072, 2048, 16, 1), "2.8b": (2, 5120, 2048, 16, 1),
+          "7b": (8, 4096, 2048, 16, 1), "long": (1, 1536, 16384, 16, 1), "vlm prefill": (4, 5120, 985, 16, 1),
+          "vlm prefill, one row": (1, 5120, 985, 16, 1), "connector 24 x 24": (16, 1024, 576, 16, 4),
+          "connector 27 x 27": (16, 1024, 729, 16, 4), "N = 8": (8, 1536, 2048, 8, 1),
           "N = 64": (8, 1536, 2048, 64, 1), "decode": (64, 1536, 1, 16, 1), "L = 7": (8, 1536, 7, 16, 1),
           "L = 1023": (8, 1536, 1023, 16, 1), "L = 2049": (8, 1536, 2049, 16, 1)}
-PICTURES = {"picture 24 x 24": (16, 256, 24, 24, 16), "picture 27 x 27": (8, 1024, 27, 27, 16), "picture, one row": (1, 5120, 27, 27, 16)}
+PICTURES = {"picture 24 x 24": (16, 256, 24, 24, 16), "picture 27 x 27": (8, 1024, 27, 27, 16),
+            "picture, one row": (1, 5120, 27, 27, 16)}
 CASES = {"bare": (), "D": ("D",), "all": ("D", "z", "delta_bias")}
 
 
 def bench_arguments(shape, case, dtype, device="cuda", seed=0):
-    "Arguments as a Mamba block makes them: A = -(1, ..., N), a bias that gives steps of 0.001 to 0.1. The last item is delta_softplus."
+    "Arguments as a Mamba block makes them: A = -(1, ..., N), steps of 0.001 to 0.1. The last item is delta_softplus."
     (b, d, L, n, G), options = shape, CASES[case]
     g = torch.Generator(device).manual_seed(seed)
     randn, rand = (partial(draw, generator=g, device=device) for draw in (torch.randn, torch.rand))
@@ -147,7 +154,7 @@ def _milliseconds(run):
 
 
 def bench_scan(scan, args):
-    "Times in milliseconds: forward, forward that saves, backward alone, and both; and the peak memory of both, in bytes."
+    "Milliseconds of forward, forward that saves, backward alone, and both; and the peak memory of both, in bytes."
     leaves = [x.detach().requires_grad_() if isinstance(x, torch.Tensor) else x for x in args]
     inputs = [x for x in leaves if isinstance(x, torch.Tensor)]
     gy, y = torch.randn_like(args[0]), scan(*leaves)
@@ -162,7 +169,7 @@ def bench_scan(scan, args):
 
 
 def scan_error(scan, args, channels=64):
-    "Largest error and RMS ratio of y against the float64 reference, on the first row and the first channels of each group."
+    "Largest error and RMS ratio of y against float64, on the first row and the first channels of each group."
     u, delta, A, B, C, D, z, bias, softplus = args
     P, G = u.shape[1] // B.shape[1], B.shape[1]
     keep = torch.cat([torch.arange(g * P, g * P + min(P, channels // G), device=u.device) for g in range(G)])
@@ -179,7 +186,7 @@ def _peer_scan():
         import mamba_ssm
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
         return selective_scan_fn, mamba_ssm.__version__
-    except Exception as error:                              # a build for another torch fails with OSError or RuntimeError, too
+    except Exception as error:                  # a build for another torch fails with OSError or RuntimeError, too
         return None, f"does not import: {type(error).__name__}"
 
 
@@ -192,18 +199,19 @@ def _compared(shape, case, dtype, peer):
         if scan is not None:
             line[name] = {**bench_scan(scan, args), "error": scan_error(scan, args)}
             seconds = line[name]["forward"][0] / 1e3
-            line[name] |= {"exp_per_second": b * d * L * n / seconds, "of_the_floor": max(line["floors_ms"].values()) / 1e3 / seconds,
+            line[name] |= {"exp_per_second": b * d * L * n / seconds,
+                           "of_the_floor": max(line["floors_ms"].values()) / 1e3 / seconds,
                            "bytes_per_second": b * d * L * args[0].element_size() * (3 + (case == "all")) / seconds}
     return line
 
 # %% ../../nbs/evaluation/kernels.ipynb #be1702ad
 def scan_by_order(u, *args, order):
-    "K scans of a picture in one launch, summed. u (b, P, L) for all of them; the rest as `selective_scan_triton`. -> (b, P, L)"
+    "K scans of a picture in one launch, summed: u (b, P, L) for all, the rest as `selective_scan_triton` -> (b, P, L)."
     return selective_scan_triton(u, *args, order=order).unflatten(1, (len(order), -1)).sum(1)
 
 
 def scan_by_copies(u, *args, order):
-    "The same with copies: u (b, P, L) copied along each path of `order` (K, L), one scan of K P channels, every path copied back."
+    "The same with copies: u (b, P, L) copied along each path of `order`, one scan, every path copied back."
     K, L = order.shape
     x = u.mT.index_select(1, order.mT.flatten()).view(len(u), L, -1).mT              # (b, K P, L)
     y = selective_scan_triton(x, *args).mT.unflatten(2, (K, -1)).flatten(1, 2)       # (b, L K, P)
@@ -218,22 +226,24 @@ def bench_picture(shape, dtype, device="cuda"):
     u, delta, *args = bench_arguments((b, 4 * P, height * width, n, 4), "all", dtype, device)
     args[4] = None                                                       # no z: SS2D gates after the merge
     args = [u[:, :P].mT.contiguous().mT, delta.mT.contiguous().mT, *args]
-    return {"shape": shape, "dtype": str(dtype)[6:], "one_launch": bench_scan(partial(scan_by_order, order=order), args),
+    return {"shape": shape, "dtype": str(dtype)[6:],
+            "one_launch": bench_scan(partial(scan_by_order, order=order), args),
             "copies": bench_scan(partial(scan_by_copies, order=order), args)}
 
 # %% ../../nbs/evaluation/kernels.ipynb #652554bb
 def _graphics_clock():
     "What nvidia-smi says about the GPU and its clocks."
     query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
-    run = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
-    return dict(zip(query.split(","), (x.strip() for x in run.stdout.splitlines()[0].split(",")))) if run.stdout else None
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    said = subprocess.run(command, capture_output=True, text=True).stdout
+    return dict(zip(query.split(","), map(str.strip, said.splitlines()[0].split(",")))) if said else None
 
 
 def bench_kernels(shapes=None, cases=None, dtypes=(torch.bfloat16, torch.float32)):
     """Static counts of the kernels where Triton compiles, times and errors on a GPU.
 
-    `shapes`: names from `SHAPES` and `PICTURES`, `cases`: from `CASES`; all by default. Raises `ValueError` for other names.
-    Returns a dict for a result file: `static`, and with a GPU `times` and `pictures` (one line for each shape, case and dtype;
+    `shapes`: names from `SHAPES` and `PICTURES`, `cases`: from `CASES`; all by default, others are a `ValueError`.
+    Returns a dict for a result file: `static`, and with a GPU `times` and `pictures` (a line per shape, case and dtype;
     times are [median, 20 %, 80 %] in ms), `gpu`, `mamba_ssm` (its version, or why it is not there).
     """
     known = SHAPES | PICTURES | CASES
@@ -244,8 +254,9 @@ def bench_kernels(shapes=None, cases=None, dtypes=(torch.bfloat16, torch.float32
     if torch.cuda.is_available():
         peer, result["mamba_ssm"] = _peer_scan()
         result["gpu"] = _graphics_clock()
-        result["times"] = [{"name": name, **_compared(shape, case, dtype, peer)} for name, shape in SHAPES.items() for case in CASES
-                           for dtype in dtypes if name in (shapes or SHAPES) and case in (cases or CASES)]
-        result["pictures"] = [{"name": name, **bench_picture(shape, dtype)} for name, shape in PICTURES.items() for dtype in dtypes
-                              if name in (shapes or PICTURES)]
+        result["times"] = [{"name": name, **_compared(shape, case, dtype, peer)}
+                           for name, shape in SHAPES.items() for case in CASES for dtype in dtypes
+                           if name in (shapes or SHAPES) and case in (cases or CASES)]
+        result["pictures"] = [{"name": name, **bench_picture(shape, dtype)}
+                              for name, shape in PICTURES.items() for dtype in dtypes if name in (shapes or PICTURES)]
     return result

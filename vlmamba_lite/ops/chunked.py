@@ -115,7 +115,7 @@ def _scan_forward(dt, v, A, B, C, h, chunk):
 
 # %% ../../nbs/ops/03_chunked.ipynb #1b31939e
 def _share(h, w, out):
-    "The gradient of B or C: h w summed over all that share it. h (t, b, G, N, P), w (t, b, G, P); adds to a constant's."
+    "The gradient of B or C: h w summed over all that share it. h (t, b, G, N, P), w (t, b, G, P)."
     if out.ndim == 3:
         out += (h * w.unsqueeze(3)).sum((0, 1))
     else:
@@ -129,7 +129,7 @@ def _scan_backward(dt, v, A, B, C, bounds, gy, g_last, chunk):
     a_all, g_all, h_all = (dt.new_empty(t, *carry.shape) for t in (T, T, T + 1))
     for bound, now in reversed(list(zip(bounds, _spans(len(dt), chunk)))):
         t = now.stop - now.start
-        a, g, h = a_all[:t], g_all[:t], h_all[:t + 1]                           # h: with the state before the first step
+        a, g, h = a_all[:t], g_all[:t], h_all[:t + 1]                       # h: with the state before the first step
         _decay_and_input(dt[now], v[now], A, _at(B, now), a, h[1:])
         _recur(a, h[1:], h[0].copy_(bound))                                     # the states, once more
 
@@ -165,10 +165,11 @@ class _Tie(torch.autograd.Function):
 
 
 def once(backward):
-    """A decorator for the `backward` of a Function that saves all its inputs: a second gradient through it is a `RuntimeError`.
+    """A decorator for the `backward` of a Function that saves all its inputs: a second gradient is a `RuntimeError`.
 
-    PyTorch's `once_differentiable` marks the results only, and `torch.autograd.grad` follows just the paths to the tensors it is
-    asked for, so it can pass the mark by. With `create_graph=True` these gradients are tied to everything they came from.
+    PyTorch's `once_differentiable` marks the results only, and `torch.autograd.grad` follows just the paths to the
+    tensors it is asked for, so it can pass the mark by. With `create_graph=True` these gradients are tied to everything
+    they came from.
     """
     @wraps(backward)
     def first(ctx, *grads):
@@ -204,10 +205,10 @@ class ChunkedScan(torch.autograd.Function):
 # %% ../../nbs/ops/03_chunked.ipynb #34228061
 def selective_scan_chunked(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
                            initial_state=None, return_last_state=False, chunk_size=16):
-    """The selective scan in cache-sized chunks of `chunk_size` tokens; the backward recomputes the states (Mamba, section 3.3.2).
+    """The selective scan in chunks of `chunk_size` tokens; the backward recomputes the states (Mamba, section 3.3.2).
 
-    Arguments, shapes, results and errors are those of `selective_scan_reference`, and a chunk_size below 1 is a `ValueError`.
-    The gradient can be taken once, not twice.
+    Arguments, shapes, results and errors are those of `selective_scan_reference`, and a chunk_size below 1 is a
+    `ValueError`. The gradient can be taken once, not twice.
     """
     require(chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
     x, dt, A, Bg, Cg, h0 = prepare_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)

@@ -27,7 +27,8 @@ from .reference import check_scan_inputs, finish_scan, prepare_scan
 KERNEL = (files("vlmamba_lite.ops") / "scan.cpp").read_text(encoding="utf-8")
 
 # %% ../../nbs/ops/cpp.ipynb #927bc521
-CXX_FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
+CXX_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp",
+             "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
              *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else [])]
 
 
@@ -104,14 +105,16 @@ def _parts(u, A):
 
 # %% ../../nbs/ops/cpp.ipynb #1b21725b
 class FusedScan(torch.autograd.Function):
-    """The scan with its skip, fused, on the CPU: u, dt (b, D, L) with the same strides; A (G, N, P); B, C as in `ChunkedScan`; D (D,); h0 (b, G, N, P).
+    """The scan with its skip, fused, on the CPU.
 
+    u, dt (b, D, L) with the same strides; A (G, N, P); B, C as in `ChunkedScan`; D (D,); h0 (b, G, N, P).
     Returns y (b, D, L) and the last state (b, G, N, P). The gradient can be taken once, not twice.
     """
     @staticmethod
     def forward(ctx, u, dt, A, B, C, D, h0):
         if not u.stride() == dt.stride() == torch.empty_like(u).stride():
-            raise ValueError(f"u, dt: got strides {u.stride()} and {dt.stride()}, need the same, with no number in two places")
+            raise ValueError(f"u, dt: got strides {u.stride()} and {dt.stride()}, "
+                             "need the same, with no number in two places")
         h, y = h0.clone(memory_format=torch.contiguous_format), torch.empty_like(u)
         bounds = u.new_empty(math.ceil(u.shape[2] / FUSED_CHUNK), *h.shape)
         _call(False, _parts(u, A), u=u, dt=dt, A=A, B=B, C=C, D=D, h=h, y=y, bounds=bounds)
@@ -133,13 +136,14 @@ class FusedScan(torch.autograd.Function):
 # %% ../../nbs/ops/cpp.ipynb #59024030
 def selective_scan_cpp(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
                        initial_state=None, return_last_state=False):
-    """The selective scan by the fused C++ kernel, for tensors on the CPU; the first call on a machine compiles it, for seconds.
+    """The selective scan by the fused C++ kernel, on the CPU; the first call on a machine compiles it, for seconds.
 
-    Arguments, shapes, results and errors are those of `selective_scan_reference`; the gradient can be taken once, not twice.
-    Raises `RuntimeError` for tensors elsewhere, and where there is no compiler or it fails.
+    Arguments, shapes, results and errors are those of `selective_scan_reference`; the gradient can be taken once, not
+    twice. Raises `RuntimeError` for tensors elsewhere, and where there is no compiler or it fails.
     """
     check_scan_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if reason := f"got tensors on {u.device.type}, needs them on the CPU" if u.device.type != "cpu" else without_compiler():
+    elsewhere = u.device.type != "cpu"
+    if reason := f"got tensors on {u.device.type}, needs them on the CPU" if elsewhere else without_compiler():
         raise RuntimeError(f"backend 'cpp': {reason}")
     x, dt, A, Bg, Cg, h0 = prepare_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
     G, Bt, Ct = to_common_groups(B, C, Bg, Cg)

@@ -13,7 +13,7 @@ from .reference import finish_scan, prepare_scan
 
 # %% ../../nbs/ops/02_parallel.ipynb #9b192c7b
 def combine(left, right):
-    "Two steps `h -> a h + x`, left first, as one step (a, x) (Blelloch, section 1.4). Each is a pair of tensors of one shape."
+    "Two steps `h -> a h + x`, left first, as one step (Blelloch, section 1.4). Each is a pair of tensors (a, x)."
     (a1, x1), (a2, x2) = left, right
     return a2 * a1, a2 * x1 + x2
 
@@ -29,7 +29,7 @@ def hillis_steele(a, x):
 
 # %% ../../nbs/ops/02_parallel.ipynb #b8480f08
 def up_sweep(a, x):
-    "Merges pairs of neighbours until one is left: a, x (L, ...) -> the levels of the tree, the tokens first (Blelloch, section 1.2)."
+    "Merges neighbours until one is left: a, x (L, ...) -> the levels of the tree, tokens first (Blelloch, 1.2)."
     levels = [(a, x)]
     while (n := len(a)) > 1:
         merged = combine((a[0:n - 1:2], x[0:n - 1:2]), (a[1::2], x[1::2]))
@@ -47,7 +47,7 @@ def apply_step(step, h):
 
 
 def down_sweep(levels, h):
-    "The state that each token starts from, (L, ...), given the state h (...) before all of them and the tree of `up_sweep`."
+    "The state that each token starts from, (L, ...), given the state h (...) before all and the tree of `up_sweep`."
     h = h.unsqueeze(0)
     for a, x in reversed(levels[:-1]):
         right = apply_step((a[0::2], x[0::2]), h)
@@ -59,7 +59,7 @@ def _scan_with(states, u, delta, A, B, C, D, z, delta_bias, delta_softplus, init
     "The selective scan with `states(a, x, h0)` for its recurrence."
     x, dt, A, B, C, h0 = prepare_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
 
-    def per_token(X):                                                                         # (b, G, N, L) -> (L, b, D, N)
+    def per_token(X):                                                             # (b, G, N, L) -> (L, b, D, N)
         return X.repeat_interleave(u.shape[1] // X.shape[1], 1).permute(3, 0, 1, 2)
 
     dt, x = (i.permute(2, 0, 1).unsqueeze(3) for i in (dt, x))                                # (L, b, D, 1)

@@ -24,8 +24,8 @@ def scan_dtype(dtype):
 def prepare_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, initial_state=None):
     """Checks the arguments of a selective scan and brings them to one form, in float32 (float64 for float64 inputs).
 
-    Returns u and delta (b, D, L), delta after its bias and softplus; A (D, N); B and C (b, G, N, L), each with its own G;
-    and the first state (b, D, N), zeros where none is given. Raises the errors of `check_scan_inputs`.
+    Returns u and delta (b, D, L), delta after its bias and softplus; A (D, N); B and C (b, G, N, L), each with its own
+    G; and the first state (b, D, N), zeros where none is given. Raises the errors of `check_scan_inputs`.
     """
     check_scan_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
     dtype = scan_dtype(u.dtype)
@@ -46,7 +46,7 @@ def prepare_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softp
 
 
 def finish_scan(y, u, D=None, z=None):
-    "The end of every scan: the skip `D * u`, the gate `silu(z)`, the cast to the dtype of u. y, u, z (b, D, L); D (D,)."
+    "The end of every scan: the skip `D * u`, the gate `silu(z)`, the cast to u's dtype. y, u, z (b, D, L); D (D,)."
     if D is not None:
         y = y + D.to(y.dtype)[:, None] * u.to(y.dtype)
     if z is not None:
@@ -73,10 +73,11 @@ def check_scan_inputs(u, delta, A, B, C, D=None, z=None, delta_bias=None, initia
     for name, x in (needed | {name: x for name, x in optional.items() if x is not None}).items():
         require(isinstance(x, torch.Tensor), name, type(x).__name__, "a tensor")
         require(x.is_floating_point(), name, x.dtype, "a real floating-point dtype")
-        if x.device != u.device:                                                # formatted only then: torch.compile cannot
+        if x.device != u.device:                                                # torch.compile cannot format a device
             require(False, name, x.device, f"{u.device}, the device of u")
 
-    require(u.ndim == 3 and u.shape[2] > 0, "u", tuple(u.shape), "(batch, channels, length) with a length of at least 1")
+    require(u.ndim == 3 and u.shape[2] > 0, "u", tuple(u.shape),
+            "(batch, channels, length) with a length of at least 1")
     b, d, L = u.shape
     require(A.ndim == 2 and A.shape[0] == d and A.shape[1] > 0, "A", tuple(A.shape), f"({d}, N) for u of {d} channels")
     n = A.shape[1]
@@ -96,7 +97,7 @@ def check_scan_inputs(u, delta, A, B, C, D=None, z=None, delta_bias=None, initia
 # %% ../../nbs/ops/01_reference.ipynb #46646db9
 def selective_scan_reference(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
                              initial_state=None, return_last_state=False):
-    """The selective scan as a loop over time: `h = exp(delta A) h + delta B u; y = C h` (Mamba, eq. 2, with Euler for B).
+    """The selective scan as a loop: `h = exp(delta A) h + delta B u; y = C h` (Mamba, eq. 2, with Euler for B).
 
     u, delta, z (b, D, L); A (D, N) real, no entry positive; B, C (D, N), (b, N, L) or (b, G, N, L); D, delta_bias (D,);
     initial_state (b, D, N). Returns y (b, D, L) in u's dtype and, with `return_last_state`, the state after the last

@@ -96,7 +96,7 @@ template <class F, bool KB, bool KC> struct Worker {
         for (int64_t n = 0; n < N; n++) std::copy(from + n * W, from + n * W + w, to + n * P);
     }
 
-    template <bool K> static F pick(const F* X, int64_t n, int l) { return K ? X[n * W + l] : X[n]; }  // constant or not
+    template <bool K> static F pick(const F* X, int64_t n, int l) { return K ? X[n * W + l] : X[n]; } // constant or not
     const F* B_at(int64_t t) const { return KB ? B.data() : s.B + matrix(t); }
     const F* C_at(int64_t t) const { return KC ? C.data() : s.C + matrix(t); }
     F* gB_at(int64_t t) { return &gB[KB ? 0 : t * N * W]; }
@@ -172,7 +172,7 @@ template <class F, bool KB, bool KC> struct Worker {
             for (int l = 0; l < W; l++) {
                 const int64_t i = n * W + l;
                 const F now = ght[i] + pick<KC>(Ct, n, l) * gy[l];            // step 1: the state's gradient
-                gCt[i] += after[i] * gy[l];                          // step 2: the factors of the state and of the input
+                gCt[i] += after[i] * gy[l];                         // step 2: the factors of the state and of the input
                 gBt[i] += now * v[l];
                 sum_v[l] += pick<KB>(Bt, n, l) * now;
                 ght[i] = at[i] * now;

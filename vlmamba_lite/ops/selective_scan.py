@@ -24,7 +24,7 @@ def without_cuda_package(*modules):
     try:
         for module in modules:
             importlib.import_module(module)
-    except Exception as error:                  # a wheel built for another torch fails with OSError or RuntimeError, too
+    except Exception as error:                  # a wheel for another torch fails with OSError or RuntimeError, too
         package = modules[-1].split(".")[0]
         return f"{package} does not import ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
 
@@ -74,7 +74,7 @@ def _selective_scan_triton(*args):
     return selective_scan_triton(*args)
 
 # %% ../../nbs/ops/selective_scan.ipynb #a2e5085b
-_BACKENDS = {                                   # name: (the scan, a function that returns None or the reason why it cannot run here)
+_BACKENDS = {               # name: (the scan, a function that returns None or the reason why it cannot run here)
     "reference": (selective_scan_reference, lambda: None),
     "hillis_steele": (selective_scan_hillis_steele, lambda: None),
     "blelloch": (selective_scan_blelloch, lambda: None),
@@ -91,9 +91,10 @@ def backends():
 
 
 def resolve(backend, u, A):
-    """The name of the backend that `selective_scan` takes for u (b, D, L) and A (D, N): `backend` itself, or the choice of "auto".
+    """The backend that `selective_scan` takes for u (b, D, L) and A (D, N), by name.
 
-    Raises `ValueError` where there is none of that name and `RuntimeError`, with the reason, where it cannot run here.
+    It is `backend` itself, or the choice of "auto". Raises `ValueError` where there is none of that name and
+    `RuntimeError`, with the reason, where it cannot run here.
     """
     if backend == "auto":
         tensors = isinstance(u, torch.Tensor) and isinstance(A, torch.Tensor) and A.ndim == 2
@@ -112,8 +113,8 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
 
     u, delta, z (b, D, L); A (D, N) real, no entry positive; B, C (D, N), (b, N, L) or (b, G, N, L) with G dividing D;
     D, delta_bias (D,); initial_state (b, D, N). `delta_bias` is added to delta, and `delta_softplus` applied, first.
-    Returns y (b, D, L) in u's dtype and, with `return_last_state`, the last state (b, D, N) in float32 (float64 for float64
-    inputs). Both are differentiable. The scan itself runs in float32 (float64), whatever the inputs are.
+    Returns y (b, D, L) in u's dtype and, with `return_last_state`, the last state (b, D, N) in float32 (float64 for
+    float64 inputs). Both are differentiable. The scan itself runs in float32 (float64), whatever the inputs are.
     `backend` is "auto" or one of `backends()`. Raises `ValueError` for arguments that do not fit, `RuntimeError` for a
     backend that cannot run. From Mamba (arXiv 2312.00752), section 3, with the names of its `selective_scan_fn`.
     """

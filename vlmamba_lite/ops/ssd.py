@@ -20,7 +20,7 @@ from .selective_scan import without_cuda_package
 
 # %% ../../nbs/ops/04_ssd.ipynb #ac3f4fc2
 def segment_sum(a):
-    "S[i, j] = a[j+1] + ... + a[i], -inf above the diagonal, every sum made of its own terms: a (..., L) -> (..., L, L)."
+    "S[i, j] = a[j+1] + ... + a[i], each sum made of its own terms, -inf above the diagonal: a (..., L) -> (..., L, L)."
     L = a.shape[-1]
     future = torch.ones(L, L, dtype=torch.bool, device=a.device).triu()      # j >= i
     sums = a.unsqueeze(-1).expand(*a.shape, L).masked_fill(future, 0.).cumsum(-2)
@@ -62,8 +62,8 @@ def quadratic_form(X, a, B, C, h):
 def split_sum(a):
     """The running sum of a (..., Q) in two parts: `high`, and `low`, the part that rounding to a's dtype took from it.
 
-    `low` has no gradient: it is a correction of `high`, not a second sum. It is None for float64 (nothing to correct with)
-    and where the device has no float64.
+    `low` has no gradient: it is a correction of `high`, not a second sum. It is None for float64 (nothing to correct
+    with) and where the device has no float64.
     """
     high = a.cumsum(-1)
     if a.dtype == torch.float64 or a.device.type == "mps":
@@ -72,7 +72,7 @@ def split_sum(a):
 
 
 def decay_matrix(high, low=None):
-    "exp of the segment sums, from the two parts of the running sum: (..., Q) twice -> (..., Q, Q), zero above the diagonal."
+    "exp of the segment sums, from the two parts of the running sum: (..., Q) -> (..., Q, Q), zero above the diagonal."
     S = high.unsqueeze(-1) - high.unsqueeze(-2)
     if low is not None:
         S.add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))
@@ -81,7 +81,7 @@ def decay_matrix(high, low=None):
 
 # %% ../../nbs/ops/04_ssd.ipynb #ab9f8220
 def to_chunks(i, Q, G):
-    "Time in chunks of Q steps, heads in G groups: (b, L, H, ...) -> (b, c, Q, G, H/G, ...), zeros behind the last step."
+    "Time in chunks of Q steps, heads in G groups: (b, L, H, ...) -> (b, c, Q, G, H/G, ...), zeros after the last."
     b, L, H = i.shape[:3]
     if L % Q:
         i = F.pad(i, (0, 0) * (i.ndim - 2) + (0, -L % Q))
@@ -128,12 +128,14 @@ def chunked_form(X, a, B, C, h, chunk_size=64, first=True, last=True):
 #| code-summary: "The checks of all arguments"
 def check_ssd_inputs(x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_states=None):
     "Raises one `ValueError` that names the first argument of a wrong shape, what it got and what it needs."
-    require(x.ndim == 4 and x.shape[1] > 0, "x", tuple(x.shape), "(batch, length, heads, headdim) with a length of at least 1")
+    require(x.ndim == 4 and x.shape[1] > 0, "x", tuple(x.shape),
+            "(batch, length, heads, headdim) with a length of at least 1")
     b, L, h, p = x.shape
     groups_fit = B.ndim == 4 and B.shape[:2] == (b, L) and B.shape[2] > 0 and h % B.shape[2] == 0
     require(groups_fit, "B", tuple(B.shape), f"({b}, {L}, G, N) with G dividing {h}")
     shapes = {"C": (C, [tuple(B.shape)]), "dt": (dt, [(b, L, h)]), "A": (A, [(h,)]), "D": (D, [(h,), (h, p)]),
-              "z": (z, [(b, L, h, p)]), "dt_bias": (dt_bias, [(h,)]), "initial_states": (initial_states, [(b, h, p, B.shape[3])])}
+              "z": (z, [(b, L, h, p)]), "dt_bias": (dt_bias, [(h,)]),
+              "initial_states": (initial_states, [(b, h, p, B.shape[3])])}
     for name, (tensor, fits) in shapes.items():
         if tensor is not None:
             require(tuple(tensor.shape) in fits, name, tuple(tensor.shape), " or ".join(map(str, fits)))
@@ -180,17 +182,18 @@ def ssd_quadratic(x, dt, A, B, C, *, chunk_size=256, **options):
     return run_form(quadratic_form, x, dt, A, B, C, **options)
 
 
-def ssd_chunked(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0., math.inf),
-                initial_states=None, return_final_states=False):
+def ssd_chunked(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=None, dt_softplus=False,
+                dt_limit=(0., math.inf), initial_states=None, return_final_states=False):
     """SSD in chunks: masked matrices inside a chunk, a recurrence over chunks (arXiv 2405.21060, section 6).
 
     x, z (b, L, H, P); dt (b, L, H); A (H,) negative; B, C (b, L, G, N); D (H,) or (H, P); dt_bias (H,);
     initial_states (b, H, P, N); chunk_size: the most steps of a chunk. Returns y (b, L, H, P) in x's dtype and, with
-    `return_final_states`, the last states (b, H, P, N) in float32 or float64. Differentiable in all tensors, states included.
-    Raises `ValueError` for a wrong shape or a chunk_size below 1.
+    `return_final_states`, the last states (b, H, P, N) in float32 or float64. Differentiable in all tensors, states
+    included. Raises `ValueError` for a wrong shape or a chunk_size below 1.
     """
     require(chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
-    form = functools.partial(chunked_form, chunk_size=chunk_size, first=initial_states is not None, last=return_final_states)
+    first, last = initial_states is not None, return_final_states
+    form = functools.partial(chunked_form, chunk_size=chunk_size, first=first, last=last)
     return run_form(form, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_states, return_final_states)
 
 # %% ../../nbs/ops/04_ssd.ipynb #5e6b3802
@@ -200,13 +203,14 @@ def _ssd_mamba_ssm(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=No
     "The official `mamba_chunk_scan_combined`, with our checks."
     check_ssd_inputs(x, dt, A, B, C, D, z, dt_bias, options["initial_states"])
     if x.device.type != "cuda" or x.dtype == torch.float64:
-        raise RuntimeError(f"backend 'mamba_ssm': got {x.dtype} on {x.device.type}, needs float32, bfloat16 or float16 on cuda")
+        raise RuntimeError(f"backend 'mamba_ssm': got {x.dtype} on {x.device.type}, "
+                           "needs float32, bfloat16 or float16 on cuda")
     scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     A, D, dt_bias = (None if i is None else i.float() for i in (A, D, dt_bias))
     return scan(x, dt, A, B, C, chunk_size, D=D, z=z, dt_bias=dt_bias, **options)
 
 
-_SSD_BACKENDS = {                               # name: (the form, a function that returns None or the reason why it cannot run here)
+_SSD_BACKENDS = {           # name: (the form, a function that returns None or the reason why it cannot run here)
     "recurrent": (ssd_recurrent, lambda: None),
     "quadratic": (ssd_quadratic, lambda: None),
     "chunked": (ssd_chunked, lambda: None),
@@ -221,9 +225,10 @@ def ssd_backends():
 
 def ssd(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0., math.inf),
         initial_states=None, return_final_states=False, backend="auto"):
-    """SSD by the form called `backend`, one of `ssd_backends()`; "auto" is "chunked". Shapes and results as `ssd_chunked`.
+    """SSD by the form called `backend`, one of `ssd_backends()`; "auto" is "chunked".
 
-    Raises `ValueError` for arguments that do not fit and `RuntimeError` for a backend that cannot run.
+    Shapes and results are those of `ssd_chunked`. Raises `ValueError` for arguments that do not fit and `RuntimeError`
+    for a backend that cannot run.
     """
     name = "chunked" if backend == "auto" else backend
     if name not in _SSD_BACKENDS:
@@ -231,5 +236,5 @@ def ssd(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=None, dt_soft
     form, reason = _SSD_BACKENDS[name]
     if why := reason():
         raise RuntimeError(f"backend {name!r} cannot run here: {why}")
-    return form(x, dt, A, B, C, chunk_size=chunk_size, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
-                initial_states=initial_states, return_final_states=return_final_states)
+    return form(x, dt, A, B, C, chunk_size=chunk_size, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus,
+                dt_limit=dt_limit, initial_states=initial_states, return_final_states=return_final_states)

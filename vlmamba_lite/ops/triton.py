@@ -20,11 +20,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .reference import check_scan_inputs
 
 # %% ../../nbs/ops/triton.ipynb #8e63bfe7
-H200 = dict(processors=132, clock=1.98e9, exps=16, floats=128, issue=4, bytes=4.3e12)   # per processor and clock; bytes per second
+# exps, floats, issue: per processor and clock; bytes: per second
+H200 = dict(processors=132, clock=1.98e9, exps=16, floats=128, issue=4, bytes=4.3e12)
 
 
 def least_seconds(b, D, L, N, itemsize=2, gate=False, card=H200):
-    """The least seconds a forward scan of u (b, D, L) with N states takes: for its exponentials, its arithmetic, its memory traffic.
+    """The least seconds of a forward scan of u (b, D, L) with N states: for exponentials, arithmetic, memory traffic.
 
     `gate` counts D, z, bias and softplus too: four more exponentials or reciprocals and one more tensor.
     """
@@ -40,7 +41,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _program(P, blocks, groups, BD: tl.constexpr, EVEN: tl.constexpr):
-    "This program's row b, group g, channels i of its group, which of these exist, and the number of its block in the row."
+    "This program's row b, group g, channels i of its group, which of them exist, and its block in the row."
     block = tl.program_id(0) % (blocks * groups)
     b = tl.cast(tl.program_id(0) // (blocks * groups), tl.int64)
     i = block % blocks * BD + tl.arange(0, BD)
@@ -116,7 +117,7 @@ class Options(NamedTuple):
 
 @triton.jit
 def _load4(x, t, at, L, ok, opt, ORDERED: tl.constexpr):
-    "Four steps from t, each (BD,), 0 past the end: from the places `at` if ORDERED, else one load of four neighbours, or four."
+    "Four steps from t, each (BD,), 0 past the end: at the places `at` if ORDERED, else by one load or by four."
     if ORDERED:
         x0 = _load(x[0] + at[0] * x[1], _here(ok, t, 0, L, opt.WHOLE))
         x1 = _load(x[0] + at[1] * x[1], _here(ok, t, 1, L, opt.WHOLE))
@@ -257,10 +258,10 @@ def _forward4(h, t, L, ok, a, skip, bias, io, B, C, order, opt):
 
 # %% ../../nbs/ops/triton.ipynb #46a47f3a
 @triton.jit(do_not_specialize_on_alignment=["A", "Bc", "Cc", "start", "last", "saved"])
-def scan_forward(u, delta, z, y, A, B, C, Bc, Cc, D, bias, start, last, saved, order, P, blocks, groups, L, span, gap, K,
-                 GB: tl.constexpr, GC: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr,
-                 SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, READ: tl.constexpr,
-                 WRITE: tl.constexpr, NEAR: tl.constexpr):
+def scan_forward(u, delta, z, y, A, B, C, Bc, Cc, D, bias, start, last, saved, order, P, blocks, groups, L, span, gap,
+                 K, GB: tl.constexpr, GC: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr,
+                 SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr,
+                 READ: tl.constexpr, WRITE: tl.constexpr, NEAR: tl.constexpr):
     "The selective scan of 32 channels of a row, over one segment of the sequence; see `selective_scan_triton`."
     opt: tl.constexpr = Options(GB, GC, SOFTPLUS, HAS_Z, VEC, WHOLE, READ, WRITE, NEAR)
     b, g, i, ok, block = _program(P, blocks, groups, BD, EVEN)
@@ -283,17 +284,18 @@ GAP = 32                                                    # steps between save
 
 
 def scan_segments(programs, L):
-    """Into how many segments a sequence of L steps is cut, given how many programs (32 channels of a row each) there are.
+    """Into how many segments a sequence of L steps is cut, for a number of programs (32 channels of a row each).
 
-    An H200 has 132 x 4 schedulers, and two programs for each keep it busy. Cutting costs a second pass over the sequence,
-    so nothing is cut where there is more than a quarter of that already, and into pieces of some 256 steps at least.
+    An H200 has 132 x 4 schedulers, and two programs for each keep it busy. Cutting costs a second pass over the
+    sequence, so nothing is cut where there is more than a quarter of that already, and into pieces of some 256 steps at
+    least.
     """
     full = 2 * 4 * H200["processors"]
     return 1 if 4 * programs > full else max(1, min(full // programs, L // 256))
 
 
 class Plan:
-    """How the kernels cut up a scan of u (b, D, L), A (D, N), B and C in any form, order (K, L) or None: by the shapes alone.
+    """How the kernels cut up a scan of u (b, D, L), A (D, N), B, C, order (K, L) or None: by the shapes alone.
 
     `cut`: the number of segments, where it is not chosen by `scan_segments`.
     """
@@ -301,7 +303,7 @@ class Plan:
         self.rows, _, self.L = u.shape
         self.channels, self.N = A.shape
         self.K = 1 if order is None else len(order)                             # paths
-        self.GB, self.GC = (0 if X.ndim == 2 else X.shape[1] if X.ndim == 4 else 1 for X in (B, C))     # 0: constant in time
+        self.GB, self.GC = (0 if X.ndim == 2 else X.shape[1] if X.ndim == 4 else 1 for X in (B, C))     # 0: constant
         self.groups = math.lcm(max(self.GB, 1), max(self.GC, 1), self.K)        # the fewest that fit B, C and the paths
         self.P = self.channels // self.groups                                   # channels of a group
         self.BD, self.BN = 32, max(4, 1 << (self.N - 1).bit_length())           # channels and state entries of a tile
@@ -341,7 +343,8 @@ def _matrices(B, C, plan):
         X = X.unsqueeze(1) if X.ndim == 3 else X
         return F.pad(X.mT.float(), (0, plan.BN - plan.N, 0, -plan.L % 4)).contiguous()
 
-    return (*(None if X.ndim == 2 else rows(X) for X in (B, C)), *(_to_tiles(X, plan) if X.ndim == 2 else None for X in (B, C)))
+    changing = [None if X.ndim == 2 else rows(X) for X in (B, C)]
+    return *changing, *(_to_tiles(X, plan) if X.ndim == 2 else None for X in (B, C))
 
 
 def _strided(x, plan):
@@ -350,14 +353,15 @@ def _strided(x, plan):
     return x, row, plan.P * channel if x.shape[1] == plan.channels else 0, channel, time    # 0: shared by all groups
 
 # %% ../../nbs/ops/triton.ipynb #f2553900
-_PLACES = WeakTensorKeyDictionary()                         # order -> its version when it was checked, its form for the kernels
+_PLACES = WeakTensorKeyDictionary()             # order -> its version when it was checked, its form for the kernels
 
 
 def _make_places(order):
     "An order (K, L), checked, as the kernels take it: int32, with whole fours of steps."
     K, L = order.shape
     if not (order.sort(1).values == torch.arange(L, device=order.device)).all():
-        raise ValueError(f"order: got rows that are no permutation of the numbers below {L}, need every place once in each row")
+        raise ValueError(f"order: got rows that are no permutation of the numbers below {L}, "
+                         "need every place once in each row")
     beyond = torch.arange(L, L + -L % 4, device=order.device).expand(K, -1)
     return torch.cat([order, beyond], 1).int()
 
@@ -378,7 +382,7 @@ def _empty_output(u, delta):
 
 
 def _constants(plan, softplus, z, tensors, order, along_paths):
-    "The compile-time arguments. Four steps are one load where time is the fastest axis and all rows begin at multiples of 16."
+    "The compile-time arguments. VEC: time is the fastest axis and all rows begin at multiples of 16."
     whole = plan.L % 4 == 0
     aligned = whole and all(x.stride(2) == 1 and x.stride(0) % 16 == x.stride(1) % 16 == 0 for x in tensors)
     near = (plan.L + 3) * max(plan.BN, *(x.stride(2) for x in tensors)) < 2 ** 31
@@ -401,16 +405,17 @@ def _run_forward(u, delta, A, B, C, D, z, bias, h0, order, along_paths, softplus
         last = torch.empty_like(start)
         scan_forward[plan.grid](
             *(_strided(x, plan) for x in (u, delta, z_or_u, y)), A, B, C, Bc, Cc, D, bias, start, last,
-            saved if save else None, order, plan.P, plan.blocks, plan.groups, plan.L, plan.span, GAP, plan.K, **constants)
+            saved if save else None, order, plan.P, plan.blocks, plan.groups, plan.L, plan.span, GAP, plan.K,
+            **constants)
     last = last.view(plan.rows, plan.tiles, plan.segments, plan.BN, plan.BD)[:, :, -1]
     return y, _from_tiles(last, plan), saved
 
 # %% ../../nbs/ops/triton.ipynb #55c0b8b0
 @triton.jit(do_not_specialize_on_alignment=["A", "Xc", "ends"])
-def scan_ends(x, delta, z, A, X, Xc, bias, ends, times, order, P, blocks, groups, L, span, K, GX: tl.constexpr, BN: tl.constexpr,
-              BD: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, READ: tl.constexpr,
-              WRITE: tl.constexpr, BACK: tl.constexpr):
-    "The end state of a segment that starts from zero, and the sum of its steps; with BACK, the same of the gradient, from the right."
+def scan_ends(x, delta, z, A, X, Xc, bias, ends, times, order, P, blocks, groups, L, span, K, GX: tl.constexpr,
+              BN: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr,
+              READ: tl.constexpr, WRITE: tl.constexpr, BACK: tl.constexpr):
+    "The end state of a segment that starts from zero, and the sum of its steps; with BACK, the same of the gradient."
     opt: tl.constexpr = Options(0, 0, SOFTPLUS, HAS_Z, False, True, READ, WRITE, False)
     b, g, i, ok, block = _program(P, blocks, groups, BD, EVEN)
     seg, order = tl.program_id(1), _path(order, g, K, groups, L)
@@ -451,15 +456,15 @@ def scan_join(A, ends, times, outer, starts, tiles, segments, BN: tl.constexpr, 
 
 
 def _inflow(x, delta, z, A, X, Xc, bias, outer, order, GX, constants, back, plan):
-    "The inflow of every segment (b, tiles, segments, BN, BD): from the left, or with `back` the gradient from the right."
+    "The inflow of every segment (b, tiles, segments, BN, BD): from the left, or with `back` the gradient's."
     if plan.segments == 1:
         return outer
     ends = outer.new_empty(*outer.shape[:2], plan.segments, plan.BN, plan.BD)
     starts, times = torch.empty_like(ends), ends.new_empty(*ends.shape[:3], plan.BD)
     constants = {k: constants[k] for k in ("BN", "BD", "EVEN", "SOFTPLUS", "READ", "WRITE", "num_warps", "num_stages")}
     scan_ends[plan.grid](
-        *(_strided(x if i is None else i, plan) for i in (x, delta, z)), A, X, Xc, bias, ends, times, order, plan.P, plan.blocks,
-        plan.groups, plan.L, plan.span, plan.K, GX=GX, HAS_Z=z is not None, BACK=back, **constants)
+        *(_strided(x if i is None else i, plan) for i in (x, delta, z)), A, X, Xc, bias, ends, times, order, plan.P,
+        plan.blocks, plan.groups, plan.L, plan.span, plan.K, GX=GX, HAS_Z=z is not None, BACK=back, **constants)
     scan_join[plan.grid[:1]](A, ends, times, outer, starts, plan.tiles, plan.segments, plan.BN, plan.BD, back,
                              num_warps=plan.warps)
     return starts
@@ -527,7 +532,7 @@ def _pair(sums, h0, at0, at1, a, B, C, u0, u1, d0, d1, g0, g1, skip, gB, gC, opt
 # %% ../../nbs/ops/triton.ipynb #43d0b6c7
 @triton.jit
 def _backward4(sums, gD, gbias, t, L, ok, a, skip, bias, io, B, C, gB, gC, states, steps, order, opt):
-    "Four steps from right to left: gradients of u, delta and z stored, the sums over time returned. states, steps: the scratch."
+    "Four steps from right to left: stores the gradients of u, delta, z, returns the sums. states, steps: the scratch."
     h0, h2 = tl.load(states), tl.load(states + a.shape[0] * a.shape[1])
     r, w = _places(order, t, opt.READ), _places(order, t, opt.WRITE)
     u, x = _load4(io[0], t, r, L, ok, opt, opt.READ), _load4(io[1], t, r, L, ok, opt, opt.READ)
@@ -578,7 +583,8 @@ def _chunk(sums, gD, gbias, h, lo, hi, L, ok, a, skip, bias, io, B, C, gB, gC, s
     BD: tl.constexpr = a.shape[1]
     for t in range(lo, hi, 4):
         s = t - lo
-        h = _states4(h, _first(t, opt.NEAR), L, ok, a, bias, io, B, states + s // 2 * BN * BD, steps + s * BD, order, opt)
+        h = _states4(h, _first(t, opt.NEAR), L, ok, a, bias, io, B, states + s // 2 * BN * BD, steps + s * BD,
+                     order, opt)
     tl.debug_barrier()
     for k in range(0, hi - lo, 4):
         s = (hi - lo - 1) // 4 * 4 - k
@@ -596,11 +602,11 @@ def _slab(X, b, g, groups, rows, blocks, L, BN: tl.constexpr):
 
 
 @triton.jit
-def scan_backward(u, delta, z, gy, gu, gdelta, gz, A, B, C, Bc, Cc, D, bias, saved, scratch, end, gstart, gA, gB, gC, gD,
-                  gbias, order, P, blocks, groups, rows, L, span, gap, K, GB: tl.constexpr, GC: tl.constexpr, BN: tl.constexpr,
-                  BD: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, VEC: tl.constexpr,
-                  WHOLE: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr, NEAR: tl.constexpr):
-    "All gradients of 32 channels of a row over one segment, from right to left, from the states that the forward saved."
+def scan_backward(u, delta, z, gy, gu, gdelta, gz, A, B, C, Bc, Cc, D, bias, saved, scratch, end, gstart, gA, gB, gC,
+                  gD, gbias, order, P, blocks, groups, rows, L, span, gap, K, GB: tl.constexpr, GC: tl.constexpr,
+                  BN: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr,
+                  VEC: tl.constexpr, WHOLE: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr, NEAR: tl.constexpr):
+    "All gradients of 32 channels of a row over one segment, from right to left, from the saved states of the forward."
     opt: tl.constexpr = Options(GB, GC, SOFTPLUS, HAS_Z, VEC, WHOLE, READ, WRITE, NEAR)
     b, g, i, ok, block = _program(P, blocks, groups, BD, EVEN)
     pid, seg, order = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1), _path(order, g, K, groups, L)
@@ -620,8 +626,8 @@ def scan_backward(u, delta, z, gy, gu, gdelta, gz, A, B, C, Bc, Cc, D, bias, sav
     for j in range(0, (last - first + gap - 1) // gap):
         lo = first + ((last - first + gap - 1) // gap - 1 - j) * gap
         h = tl.load(saved + lo // gap * BN * BD + _tile(BN, BD))
-        sums, sum_D, sum_bias = _chunk(sums, sum_D, sum_bias, h, lo, tl.minimum(lo + gap, last), L, ok, a, D, bias, io, B, C,
-                                       rows_B, rows_C, states, steps, order, opt)
+        sums, sum_D, sum_bias = _chunk(sums, sum_D, sum_bias, h, lo, tl.minimum(lo + gap, last), L, ok, a, D, bias,
+                                       io, B, C, rows_B, rows_C, states, steps, order, opt)
 
     state, channel = me * BN * BD + _tile(BN, BD), me * BD + tl.arange(0, BD)
     tl.store(gstart + state, sums[0])
@@ -655,7 +661,7 @@ def _matrix_gradient(g, X, GX, plan):
 
 
 def _run_backward(gy, g_last, u, delta, A, B, C, D, z, bias, saved, order, along_paths, softplus, cut):
-    "The gradients of u, delta, A, B, C, D, z, bias and the initial state; an empty tensor where there is no D, z or bias."
+    "The gradients of u, delta, A, B, C, D, z, bias, initial state; an empty tensor where there is no D, z or bias."
     plan, order = Plan(u, A, B, C, cut, order), _order_places(order)
     tiles, matrices = _to_tiles(A, plan), _matrices(B, C, plan)
     scratch, gh, *sums = _gradient_buffers(plan, tiles, matrices[:2], D, bias)
@@ -666,23 +672,26 @@ def _run_backward(gy, g_last, u, delta, A, B, C, D, z, bias, saved, order, along
         outer = _to_tiles(g_last, plan)
         end = _inflow(gy, delta, z, tiles, matrices[1], matrices[3], bias, outer, order, plan.GC, constants, True, plan)
         scan_backward[plan.grid](
-            *(_strided(x, plan) for x in tensors), tiles, *matrices, D, bias, saved, scratch, end, gh, *sums, order, plan.P,
-            plan.blocks, plan.groups, plan.rows, plan.L, plan.span, GAP, plan.K, **constants)
+            *(_strided(x, plan) for x in tensors), tiles, *matrices, D, bias, saved, scratch, end, gh, *sums, order,
+            plan.P, plan.blocks, plan.groups, plan.rows, plan.L, plan.span, GAP, plan.K, **constants)
     gA, gB, gC, gD, gbias = sums
     gA = torch.empty_like(A).copy_(_from_tiles(gA.sum((0, 2)), plan))
-    gD, gbias = (u.new_empty(0) if x is None else _from_blocks(g.sum((0, 2)), plan).to(x.dtype) for x, g in ((D, gD), (bias, gbias)))
-    if gu.shape != u.shape:                                             # all paths read one u: the sum over them, in their order
+    gD, gbias = (u.new_empty(0) if x is None else _from_blocks(g.sum((0, 2)), plan).to(x.dtype)
+                 for x, g in ((D, gD), (bias, gbias)))
+    if gu.shape != u.shape:                                 # all paths read one u: the sum over them, in their order
         gu = torch.sum(gu.unflatten(1, (plan.K, -1)), 1, out=torch.empty_like(u))
     return [gu, gdelta, gA, _matrix_gradient(gB, B, plan.GB, plan), _matrix_gradient(gC, C, plan.GC, plan), gD,
             u.new_empty(0) if gz is None else gz, gbias, _from_tiles(gh[:, :, 0], plan)]
 
 # %% ../../nbs/ops/triton.ipynb #ecb0e7f4
-_scan_op = torch.library.custom_op("vlmamba_lite::selective_scan", _run_forward, mutates_args=(), schema=(
-    "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? h0, Tensor? order, "
-    "bool along_paths, bool softplus, bool save, int? cut) -> (Tensor, Tensor, Tensor)"))
-_scan_backward_op = torch.library.custom_op("vlmamba_lite::selective_scan_backward", _run_backward, mutates_args=(), schema=(
-    "(Tensor gy, Tensor g_last, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-    "Tensor? bias, Tensor saved, Tensor? order, bool along_paths, bool softplus, int? cut) -> Tensor[]"))
+_scan_op = torch.library.custom_op(
+    "vlmamba_lite::selective_scan", _run_forward, mutates_args=(), schema=(
+        "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? h0, "
+        "Tensor? order, bool along_paths, bool softplus, bool save, int? cut) -> (Tensor, Tensor, Tensor)"))
+_scan_backward_op = torch.library.custom_op(
+    "vlmamba_lite::selective_scan_backward", _run_backward, mutates_args=(), schema=(
+        "(Tensor gy, Tensor g_last, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+        "Tensor? bias, Tensor saved, Tensor? order, bool along_paths, bool softplus, int? cut) -> Tensor[]"))
 
 
 @_scan_op.register_fake
@@ -724,7 +733,8 @@ INTERPRETED = not isinstance(scan_forward, triton.runtime.JITFunction)
 def without_triton():
     "None if the kernels run here, else the reason why not."
     if not torch.cuda.is_available() and not INTERPRETED:
-        return "needs a CUDA GPU, and torch sees none (with TRITON_INTERPRET=1 in the environment the kernels run, slowly, on the CPU)"
+        return ("needs a CUDA GPU, and torch sees none "
+                "(with TRITON_INTERPRET=1 in the environment the kernels run, slowly, on the CPU)")
 
 
 def _check_launch(u, delta, A, B, C, D, z, delta_bias, initial_state, order, along_paths):
@@ -732,16 +742,19 @@ def _check_launch(u, delta, A, B, C, D, z, delta_bias, initial_state, order, alo
     seen = u
     if order is not None:
         if not isinstance(order, torch.Tensor) or order.dtype not in (torch.int32, torch.int64) or order.ndim != 2:
-            raise ValueError(f"order: got {getattr(order, 'dtype', type(order).__name__)}, need (K, L) of int32 or int64")
+            got = getattr(order, "dtype", type(order).__name__)
+            raise ValueError(f"order: got {got}, need (K, L) of int32 or int64")
         K, L = order.shape
         if order.device != u.device or L != u.shape[-1] or K < 1 or delta.shape[1] % K:
-            raise ValueError(f"order: got {tuple(order.shape)} on {order.device}, need (K, {u.shape[-1]}) on {u.device} "
+            raise ValueError(f"order: got {tuple(order.shape)} on {order.device}, "
+                             f"need (K, {u.shape[-1]}) on {u.device} "
                              f"with a K that divides the {delta.shape[1]} channels of delta")
         if not along_paths and K > 1 and u.shape[1] * K == delta.shape[1]:
             for name, X in (("B", B), ("C", C)):
                 if X.ndim == 4 and K % X.shape[1]:
-                    raise ValueError(f"{name}: got {X.shape[1]} groups, need a number that divides {K}, as u is shared by {K} paths")
-            seen = u[:, :1].expand(-1, delta.shape[1], -1)              # a view with the channels of delta, for the checks
+                    raise ValueError(f"{name}: got {X.shape[1]} groups, need a number that divides {K}, "
+                                     f"as u is shared by {K} paths")
+            seen = u[:, :1].expand(-1, delta.shape[1], -1)          # a view with the channels of delta, for the checks
     check_scan_inputs(seen, delta, A, B, C, D, z, delta_bias, initial_state)
     why = without_triton()
     if why is None and u.device.type != "cuda" and not INTERPRETED:
@@ -760,12 +773,12 @@ def selective_scan_triton(u, delta, A, B, C, D=None, z=None, delta_bias=None, de
                           initial_state=None, return_last_state=False, cut=None, order=None, along_paths=False):
     """The selective scan as one fused Triton kernel, forward and backward, with states in registers.
 
-    Arguments, shapes and results are those of `selective_scan_reference`, float32 inside, last state float32; the gradient
-    can be taken once, not twice. N up to 256. `cut` overrides the number of segments that `scan_segments` chooses.
-    `order` (K, L) of int32 or int64: K scans in one launch. The channels are K parts; step t of part k is at place
-    order[k, t] of every tensor. u may be (b, D / K, L), then all parts read it. With `along_paths`, u, delta, B and C are in
-    the order of the steps already, and only z and y by place. Each order tensor is checked once, which waits for the GPU.
-    Raises `ValueError` for arguments that do not fit, `RuntimeError` where the kernels cannot run.
+    Arguments, shapes and results are those of `selective_scan_reference`, float32 inside, last state float32; the
+    gradient can be taken once, not twice. N up to 256. `cut` overrides the number of segments that `scan_segments`
+    chooses. `order` (K, L) of int32 or int64: K scans in one launch. The channels are K parts; step t of part k is at
+    place order[k, t] of every tensor. u may be (b, D / K, L), then all parts read it. With `along_paths`, u, delta, B
+    and C are in the order of the steps already, and only z and y by place. Each order tensor is checked once, which
+    waits for the GPU. Raises `ValueError` for arguments that do not fit, `RuntimeError` where the kernels cannot run.
     """
     inputs = u, delta, A, B, C, D, z, delta_bias, initial_state
     _check_launch(*inputs, order, along_paths)
