@@ -31,7 +31,7 @@ def counts(tmp_path_factory):
     "Instruction counts of the kernels a bar is set for, compiled here and now."
     names = ["forward", "forward, channels fastest", "forward, all options", "forward, order", "backward",
              "backward, all options", "backward, channels fastest, all options", "backward, order, all options"]
-    code = f"import json; from vlmamba_lite.scan_triton import static_counts; print(json.dumps(static_counts({names})))"
+    code = f"import json; from vlmamba_lite.evaluation.kernels import static_counts; print(json.dumps(static_counts({names})))"
     found = json.loads(python("-c", code, folder=tmp_path_factory.mktemp("triton")))
     return {c["name"]: c for c in found}
 
@@ -67,13 +67,13 @@ def test_recorded_counts_are_those_of_this_code(counts):
 def test_without_gpu_and_interpreter_it_says_so(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    code = "import torch; from vlmamba_lite.scan_triton import *; o = torch.ones(1, 1, 1)\n" \
+    code = "import torch; from vlmamba_lite.ops.triton import *; o = torch.ones(1, 1, 1)\n" \
            "try: selective_scan_triton(o, o, -o[0], o[0], o[0])\nexcept RuntimeError as e: print(e)"
     assert python("-c", code, folder=tmp_path).startswith("backend 'triton': needs a CUDA GPU, and torch sees none")
 
 
 def test_segments_are_a_plain_function_of_the_shape(tmp_path):
-    code = "import json; from vlmamba_lite.scan_triton import scan_segments as s; " \
+    code = "import json; from vlmamba_lite.ops.triton import scan_segments as s; " \
            "print(json.dumps([s(1024, 2048), s(160, 2048), s(160, 200), s(48, 16384), s(1, 10 ** 6), s(1, 1)]))"
     assert json.loads(python("-c", code, folder=tmp_path)) == [1, 6, 1, 22, 1056, 1]
 
@@ -81,7 +81,7 @@ def test_segments_are_a_plain_function_of_the_shape(tmp_path):
 # --- behind the one door ------------------------------------------------------------------------------------------------
 
 def test_the_door_says_why_not():
-    from vlmamba_lite.scan import backends, selective_scan
+    from vlmamba_lite.ops.selective_scan import backends, selective_scan
     o = torch.ones(1, 1, 1)
     if torch.cuda.is_available():
         assert backends()["triton"] is None
@@ -93,27 +93,27 @@ def test_the_door_says_why_not():
 
 def test_the_library_works_without_triton(tmp_path):
     code = "import sys; sys.modules['triton'] = None\nimport torch; torch.cuda.is_available = lambda: True\n" \
-           "from vlmamba_lite.scan import backends, selective_scan\no = torch.ones(1, 1, 1)\n" \
+           "from vlmamba_lite.ops.selective_scan import backends, selective_scan\no = torch.ones(1, 1, 1)\n" \
            "print(backends()['triton'], selective_scan(o, o, -o[0], o[0], o[0]).item())"
     assert python("-c", code, folder=tmp_path).startswith("triton does not import (ModuleNotFoundError: ")
 
 
 def test_the_door_takes_triton_for_cuda_tensors(monkeypatch):
-    from vlmamba_lite import scan
+    from vlmamba_lite.ops import selective_scan as module
 
     class OnCuda(torch.Tensor):
         is_cuda = True
 
     def choice(dtype=torch.float32, n=16):
-        return scan._automatic(torch.ones(1, 1, 1, dtype=dtype).as_subclass(OnCuda), torch.ones(1, n))
+        return module.resolve("auto", torch.ones(1, 1, 1, dtype=dtype).as_subclass(OnCuda), torch.ones(1, n))
 
-    monkeypatch.setattr(scan, "_without_triton", lambda: None)
+    monkeypatch.setattr(module, "_without_triton", lambda: None)
     assert choice() == choice(torch.bfloat16) == "triton"
-    assert choice(torch.float64) == choice(n=257) == scan._automatic(torch.ones(1, 1, 1), torch.ones(1, 16)) == "chunked"
-    monkeypatch.setattr(scan, "_without_triton", lambda: "no")
+    assert choice(torch.float64) == choice(n=257) == module.resolve("auto", torch.ones(1, 1, 1), torch.ones(1, 16)) == "chunked"
+    monkeypatch.setattr(module, "_without_triton", lambda: "no")
     assert choice() == "chunked"
 
 
 def test_bench_kernels_refuses_names_it_does_not_know(tmp_path):
-    code = "from vlmamba_lite.scan_triton import *\ntry: bench_kernels(['7b', '8c'])\nexcept ValueError as e: print(e)"
+    code = "from vlmamba_lite.evaluation.kernels import *\ntry: bench_kernels(['7b', '8c'])\nexcept ValueError as e: print(e)"
     assert python("-c", code, folder=tmp_path).startswith("bench_kernels: got '8c', need one of '130m', ")

@@ -3,14 +3,17 @@ because TRITON_INTERPRET=1 has to be in the environment before Triton is importe
 
     TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py
 """
+import sys
+
 from measures import rms_error
 import pytest
 import torch
 from scan_cases import DIFFERENTIABLE, assert_near, cast, draw, outputs_and_gradients
 
-from vlmamba_lite import scan_triton
-from vlmamba_lite.scan_reference import selective_scan_reference
-from vlmamba_lite.scan_triton import INTERPRETED, _PLACES, _scan_backward_op, _scan_op, selective_scan_triton
+from vlmamba_lite.evaluation import kernels
+from vlmamba_lite.ops import triton as scan_triton
+from vlmamba_lite.ops.reference import selective_scan_reference
+from vlmamba_lite.ops.triton import INTERPRETED, _PLACES, _scan_backward_op, _scan_op, selective_scan_triton
 from vlmamba_lite.vss import SS2D, VSS, _kept_order, _order_once, scan_order
 
 assert INTERPRETED, "needs TRITON_INTERPRET=1 in the environment"
@@ -323,7 +326,14 @@ def test_modules_scan_a_picture_in_one_launch(make, monkeypatch):
     torch.manual_seed(0)
     module, x = make(), torch.randn(1, 4, 3)
     launches = []
-    monkeypatch.setattr(scan_triton, "selective_scan_triton", lambda *a, **k: launches.append(k["order"].shape) or selective_scan_triton(*a, **k))
+
+    def noted(*args, **kwargs):
+        launches.append(kwargs["order"].shape)
+        return selective_scan_triton(*args, **kwargs)
+
+    for name in ("vlmamba_lite.ops.triton", "vlmamba_lite.scan_triton"):
+        if name in sys.modules:
+            monkeypatch.setattr(sys.modules[name], "selective_scan_triton", noted)
 
     def outputs(module, x, backend):
         for part in (module, *getattr(module, "mixers", ())):
@@ -360,19 +370,18 @@ def test_a_kept_order_is_a_constant_to_the_compiler(monkeypatch):
 
 def test_bench_picture_compares_two_ways(monkeypatch):
     "Without a clock: on one patch they do the same; on more where delta, B and C belong to the same places."
-    monkeypatch.setattr(scan_triton, "bench_scan", lambda scan, args: scan(*args))
-    line = scan_triton.bench_picture((1, 2, 1, 1, 2), torch.float32, "cpu")
+    monkeypatch.setattr(kernels, "bench_scan", lambda scan, args: scan(*args))
+    line = kernels.bench_picture((1, 2, 1, 1, 2), torch.float32, "cpu")
     assert line["one_launch"].shape == (1, 2, 1) and rms_error(line["copies"], line["one_launch"]) < 1e-6
-    args, order = cast(draw(1, 8, 4, 2, b_form=4, c_form=4, optional=()), torch.float32), scan_triton.picture_paths(2, 2)
+    args, order = cast(draw(1, 8, 4, 2, b_form=4, c_form=4, optional=()), torch.float32), scan_order(2, 2, "csm")
     u, delta, A, B, C, softplus = args.values()
-    one = scan_triton.scan_by_order(u[:, :2], delta, A, B, C, None, None, None, softplus, order=order)
+    one = kernels.scan_by_order(u[:, :2], delta, A, B, C, None, None, None, softplus, order=order)
     delta, B, C = (along(x, order) for x in (delta, B, C))
-    assert rms_error(scan_triton.scan_by_copies(u[:, :2], delta, A, B, C, None, None, None, softplus, order=order), one) < 1e-6
-    assert torch.equal(order, scan_order(2, 2, "csm"))
+    assert rms_error(kernels.scan_by_copies(u[:, :2], delta, A, B, C, None, None, None, softplus, order=order), one) < 1e-6
 
 
 def test_behind_the_one_door():
-    from vlmamba_lite.scan import backends, selective_scan
+    from vlmamba_lite.ops.selective_scan import backends, selective_scan
     args = cast(draw(1, 3, 2, 2), torch.float32)
     assert backends()["triton"] is None
     assert torch.equal(selective_scan(**args, backend="triton"), selective_scan_triton(**args))
