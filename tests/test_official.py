@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-import vlmamba_lite.mamba as mamba
+import vlmamba_lite.layers.mamba as mamba
 import vlmamba_lite.ssd as ssd_module
-from vlmamba_lite.mamba import Mamba, MambaState, causal_conv1d, conv_backends, conv_step
-from vlmamba_lite.mamba2 import Mamba2, Mamba2State
+from vlmamba_lite.layers.mamba import Mamba, MambaState, causal_conv1d, conv_backends, conv_step
+from vlmamba_lite.layers.mamba2 import Mamba2, Mamba2State
 from vlmamba_lite.scan_reference import scan_step
 from vlmamba_lite.ssd import ssd, ssd_backends, ssd_chunked, ssd_recurrent
 
@@ -219,7 +219,7 @@ def test_conv_of_causal_conv1d(official, monkeypatch, make, K):
         assert x.stride(1) == 1 and (initial_states is None or initial_states.stride(1) == 1)      # channels side by side
         return peer.causal_conv1d_ref(x, weight, bias, initial_states=initial_states)
     sys.modules["causal_conv1d"].causal_conv1d_fn = kernel
-    monkeypatch.setitem(mamba._CONVS, "causal_conv1d", (mamba._official_conv, lambda: None))
+    monkeypatch.setattr(mamba, "conv_backends", lambda: {"causal_conv1d": None})
     torch.manual_seed(0)
     ours = make(16, d_state=4, d_conv=K)
     theirs = make(16, d_state=4, d_conv=K, conv_backend="causal_conv1d")

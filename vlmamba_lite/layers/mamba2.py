@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mamba import (causal_conv1d, check_block_inputs, conv_step, init_dt_bias, next_window, no_weight_decay,
-                                       pack_tokens, unpack_tokens, zero_state)
+                                       pack_tokens, unpack_tokens)
 from ..scan_reference import scan_dtype
 from ..ssd import per_head, prepare_dt, ssd
 
@@ -91,8 +91,10 @@ class Mamba2(nn.Module):
 
     def empty_state(self, batch, device=None, dtype=None):
         "The state before the first token, all zeros: `conv` in dtype (by default that of the weights), `ssm` in float32 or float64."
-        weight = self.conv1d.weight
-        return zero_state(Mamba2State, batch, self.state_shapes, device or weight.device, dtype or weight.dtype)
+        conv, ssm = self.state_shapes
+        device, dtype = device or self.conv1d.weight.device, dtype or self.conv1d.weight.dtype
+        return Mamba2State(torch.zeros(batch, *conv, device=device, dtype=dtype),
+                           torch.zeros(batch, *ssm, device=device, dtype=scan_dtype(dtype)))
 
     def project(self, x):
         "The five parts of in_proj in three: x (..., d_model) -> z (..., d_inner), xBC (..., conv_dim), raw steps dt (..., H)."
