@@ -1,8 +1,8 @@
 "The old place of `vlmamba_lite.layers.mamba2`, until all imports name the new one."
 import torch
 
-from vlmamba_lite.layers import mamba2
 from vlmamba_lite.layers.mamba2 import *  # noqa: F403
+from vlmamba_lite.layers.mamba2 import Mamba2
 from vlmamba_lite.scan_reference import scan_dtype
 from vlmamba_lite.ssd import prepare_dt
 
@@ -12,7 +12,7 @@ def split_projection(block, zxbcdt):                                     # old s
 
 
 def split_heads(block, xBC):
-    return mamba2.split_heads(xBC, block.nheads, block.headdim, block.ngroups)
+    return Mamba2.split_heads(block, xBC)
 
 
 def ssd_constants(block, dt):
