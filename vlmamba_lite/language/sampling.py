@@ -20,7 +20,7 @@ def check_sampling(temperature=0., top_k=None, top_p=1., min_p=0.):
 
 
 def kept_probabilities(logits, temperature=1., top_k=None, top_p=1., min_p=0.):
-    "The tokens that the rules keep of logits (b, V): p (b, k), best first, 0 where a token is out, not renormalised; tokens (b, V)."
+    "What the rules keep of logits (b, V): p (b, k), best first, 0 where out, not renormalised; their tokens (b, V)."
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits, ids = logits.div(temperature).sort(-1, descending=True)
     p = logits[:, :top_k].softmax(-1)
@@ -29,9 +29,9 @@ def kept_probabilities(logits, temperature=1., top_k=None, top_p=1., min_p=0.):
 
 
 def choose_token(logits, temperature=0., top_k=None, top_p=1., generator=None, min_p=0.):
-    """A token for each row: logits (b, V) -> (b,). Greedy at temperature 0, else drawn from the tokens that top_k, top_p and min_p keep.
+    """A token for each row: logits (b, V) -> (b,). Greedy at temperature 0, else drawn from what the rules keep.
 
-    generator: one source of random numbers, or a list with one for each row. Raises a ValueError for impossible settings.
+    generator: of random numbers, one or a list with one for each row. Raises a ValueError for impossible settings.
     """
     check_sampling(temperature, top_k, top_p, min_p)
     if temperature == 0:
@@ -47,24 +47,25 @@ def choose_token(logits, temperature=0., top_k=None, top_p=1., generator=None, m
 
 # %% ../../nbs/language/sampling.ipynb #8dc1f676
 def seen_tokens(input_ids, mask, vocab_size):
-    "The tokens that each row has read: input_ids (b, L), mask (b, L) or None -> (b, vocab_size) bool. Pads do not count."
+    "The tokens that each row has read, pads apart: input_ids (b, L), mask (b, L) or None -> (b, vocab_size) bool."
     ids = input_ids if mask is None else input_ids.masked_fill(~mask, vocab_size)
     seen = torch.zeros(len(ids), vocab_size + 1, dtype=torch.bool, device=ids.device)
     return seen.scatter(1, ids.long(), True)[:, :vocab_size]
 
 
 def penalise(logits, seen, penalty):
-    "Logits (b, V) with those of the tokens `seen` (b, V) divided by `penalty` where positive, multiplied where negative."
+    "Logits (b, V), those of the tokens `seen` (b, V) divided by `penalty` where positive, multiplied where negative."
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 # %% ../../nbs/language/sampling.ipynb #e38a92d3
 class Stop:
-    """Tells which rows are done: call it with each new token (b,) -> (b,) bool. Strings are searched in decode(a row's new tokens).
+    """Tells which rows are done: each new token (b,) -> (b,) bool. Strings are searched in decode(a row's new tokens).
 
     ids, strings: lists, or one of them alone. Raises a ValueError for stop ids and strings that can never occur.
     """
     def __init__(self, ids, strings, decode, vocab_size, device):
-        ids, strings = [ids] if isinstance(ids, int) else list(ids), [strings] if isinstance(strings, str) else list(strings)
+        ids = [ids] if isinstance(ids, int) else list(ids)
+        strings = [strings] if isinstance(strings, str) else list(strings)
         if not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
             raise ValueError(f"stop_ids: got {ids}, need token numbers from 0 to {vocab_size - 1}")
         if strings and (decode is None or not all(strings)):
@@ -102,9 +103,9 @@ def capture(run, device):
 
 
 class GraphedStep:
-    """`lm.step` captured as a CUDA graph, and called like it: ids (b,), state -> logits (b, vocab_size), the next state.
+    """`lm.step` as a CUDA graph, called like it: ids (b,), state -> logits (b, vocab_size), the next state.
 
-    The next call overwrites the results of this one. Raises a ValueError unless the model has a state of fixed size on a CUDA device.
+    Each call overwrites the results of the one before. Raises a ValueError without CUDA or a state of fixed size.
     """
     @torch.no_grad()
     def __init__(self, lm, state):

@@ -16,7 +16,7 @@ from .mamba import check_block_inputs, check_mask
 
 # %% ../../nbs/layers/attention.ipynb #d83e824c
 def rotate(x, place, base=10000.):
-    "Rotary positions (arXiv 2104.09864): x (b, L, H, P), places (b, L) -> like x. Angles in float32, or float64 for float64."
+    "Rotary positions (arXiv 2104.09864): x (b, L, H, P), places (b, L) -> like x. Angles in float32 or float64."
     half, dtype = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
     speed = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)       # (P / 2,)
     angle = (place[..., None] * speed)[:, :, None]                                   # (b, L, 1, P / 2)
@@ -32,7 +32,7 @@ class AttentionState(NamedTuple):
 
 
 class Attention(nn.Module):
-    "Causal attention (arXiv 1706.03762) with rotary positions (arXiv 2104.09864) in d_model / headdim heads, called as `Mamba`."
+    "Causal attention (arXiv 1706.03762) with rotary positions in d_model / headdim heads, called as `Mamba`."
     state_type = AttentionState
 
     def __init__(self, d_model, headdim=64, rope_base=10000., bias=False):
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         return AttentionState(nothing, nothing, torch.zeros(batch, 0, dtype=torch.bool, device=nothing.device))
 
     def forward(self, x, state=None, mask=None, return_state=False):
-        "x (b, L, d_model), mask (b, L) True at real tokens -> y (b, L, d_model) [, state]. Raises `ValueError` for other shapes."
+        "x (b, L, d_model), mask (b, L) -> y (b, L, d_model) [, state]. Raises `ValueError` for other shapes."
         check_block_inputs(x, 3, self.d_model)
         if mask is not None:
             check_mask(mask, x.shape[:2])
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         q, k = rotate(q, place, self.rope_base), rotate(k, place, self.rope_base)
         state = AttentionState(*(torch.cat(pair, 1) for pair in zip(past, (k, v, real), strict=True)))
         L, T = x.shape[1], state.key.shape[1]
-        visible = None                                                                   # without pads and past: all before
+        visible = None                                                       # without pads and past: all before
         if mask is not None or T > L:
             query, key = torch.arange(T - L, T, device=x.device)[:, None], torch.arange(T, device=x.device)
             visible = (key < query) & state.real[:, None, None] | (key == query)         # (b, 1, L, T)
