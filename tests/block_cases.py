@@ -1,4 +1,4 @@
-"""The blocks of chapters 05 and 09 side by side: random ones, their equations written out once more, and the ways to feed them."""
+"""The blocks of chapters 05 and 06 side by side: random ones, their equations written out once more, and the ways to feed them."""
 import math
 from dataclasses import dataclass
 
@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from measures import gradients, rms_error
 
-from vlmamba_lite.mamba import Mamba, MambaState
-from vlmamba_lite.mamba2 import Mamba2, Mamba2State
+from vlmamba_lite.layers.mamba import Mamba, MambaState
+from vlmamba_lite.layers.mamba2 import Mamba2, Mamba2State
 from vlmamba_lite.scan_reference import selective_scan_reference
 from vlmamba_lite.ssd import ssd_recurrent
 
@@ -20,7 +20,7 @@ def mamba_by_the_book(p, x, state=None):
     seen = torch.cat([window, u], 2)
     u = F.silu(F.conv1d(seen, p.conv1d.weight, p.conv1d.bias, groups=p.d_inner)[..., -L:])
     code, B, C = p.x_proj(u.mT).mT.split([p.dt_rank, p.d_state, p.d_state], 1)
-    delta = F.softplus(p.dt_proj(code.mT)).mT
+    delta = F.softplus(p.dt_proj(code.mT) + p.dt_proj.bias).mT
     y, h = selective_scan_reference(u, delta, -torch.exp(p.A_log), B, C, p.D, z, initial_state=h, return_last_state=True)
     return p.out_proj(y.mT), MambaState(seen[..., -p.d_conv:], h)
 

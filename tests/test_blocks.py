@@ -1,4 +1,4 @@
-"""The Mamba and Mamba-2 blocks (chapters 05 and 09) against their equations in float64, and against themselves fed in other ways."""
+"""The Mamba and Mamba-2 blocks (chapters 05 and 06) against their equations in float64, and against themselves fed in other ways."""
 import copy
 
 import pytest
@@ -79,6 +79,34 @@ def test_float64_is_float64_throughout(kind):
         assert y.dtype == end.ssm.dtype == torch.float64
         assert rms_error(y, want) < 1e-13
         assert rms_error(end.ssm, want_end.ssm) < 1e-13
+
+
+class Adapter(nn.Module):
+    "A low-rank adapter (LoRA) around a projection."
+
+    def __init__(self, base, rank=2):
+        super().__init__()
+        self.base, self.bias = base, base.bias
+        self.down, self.up = nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("kind, names", [(KINDS["mamba"], ("in_proj", "x_proj", "dt_proj", "out_proj")),
+                                         (KINDS["mamba2"], ("in_proj", "out_proj"))])
+def test_projections_are_called_so_adapters_work(kind, names):
+    block, x = kind.random().double(), torch.randn(2, 9, kind.width).double()
+    merged = copy.deepcopy(block)
+    for name in names:
+        adapter = Adapter(getattr(block, name)).double()
+        setattr(block, name, adapter)
+        getattr(merged, name).weight.data += adapter.up.weight @ adapter.down.weight
+    y, end = block(x, return_state=True)
+    assert_close((y, end), merged(x, return_state=True))
+    assert_close(by_token(block, x, block.empty_state(2)), (y, end))
+    y.sum().backward()
+    assert all(getattr(block, name).up.weight.grad.any() for name in names)
 
 
 # --- fed in other ways ---

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmamba_lite.language_model import (MIXERS, Attention, AttentionState, Block, GraphedStep, MambaConfig, MambaLM, add_float32,
-                                         choose_token, clone_state, kept_probabilities, last_token, load_state, next_token_loss,
-                                         penalise, read_stream, repeat_state, rotate, save_state, seen_tokens)
+from vlmamba_lite.language.model import (MIXERS, Block, MambaConfig, MambaLM, add_float32, clone_state, last_token, load_state,
+                                         next_token_loss, read_stream, repeat_state, save_state)
+from vlmamba_lite.language.sampling import GraphedStep, choose_token, kept_probabilities, penalise, seen_tokens
+from vlmamba_lite.layers.attention import Attention, AttentionState, rotate
 
 few = settings(deadline=None, max_examples=12, derandomize=True, database=None)
 ARGS = {"mamba": dict(d_state=5), "mamba2": dict(d_state=6, headdim=8, chunk_size=8), "attention": dict(headdim=8)}
@@ -580,8 +581,8 @@ def test_what_surrounds_a_captured_step(mixer, monkeypatch):
         result = run()
         return SimpleNamespace(replay=lambda: result.copy_(run())), result
 
-    monkeypatch.setattr("vlmamba_lite.language_model.capture", capture_on_cpu)
-    monkeypatch.setattr("vlmamba_lite.language_model.check_graph", lambda lm, device: None)
+    monkeypatch.setattr("vlmamba_lite.language.sampling.capture", capture_on_cpu)
+    monkeypatch.setattr("vlmamba_lite.language.sampling.check_graph", lambda lm, device: None)
     lm, ids = make(mixer), tokens(3, 9)
     assert torch.equal(lm.generate(ids, 30, graph=True), lm.generate(ids, 30))
     before = lm(ids).state

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from measures import rms_error
 from torch.testing import assert_close
 
-from vlmamba_lite.mamba import (
+from vlmamba_lite.layers.mamba import (
     Mamba,
     MambaState,
     causal_conv1d,

@@ -1,4 +1,4 @@
-"""Chapter 09: the gated norm, how a Mamba-2 block starts, and the block against transformers'; what all blocks share is in test_blocks.py."""
+"""Chapter 06: the gated norm, how a Mamba-2 block starts, and the block against transformers'; what all blocks share is in test_blocks.py."""
 import math
 
 import pytest
@@ -9,7 +9,7 @@ from measures import rms_error
 from torch import nn
 from torch.testing import assert_close
 
-from vlmamba_lite.mamba2 import GatedRMSNorm, Mamba2
+from vlmamba_lite.layers.mamba2 import GatedRMSNorm, Mamba2
 
 
 # --- the gated norm ---
