@@ -16,7 +16,7 @@ def conv_stage(inputs, outputs):
     conv = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
-# %% ../../nbs/vision/09_encoders.ipynb #49a388ab
+# %% ../../nbs/vision/09_encoders.ipynb #91481657
 class ConvEncoder(nn.Module):
     "A convolutional vision encoder for small pictures, trained from scratch, in the place of VL-Mamba's SigLIP or CLIP."
     def __init__(self, dim, width=32, image_size=64):
@@ -30,7 +30,7 @@ class ConvEncoder(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=1e-5)
 
     def forward(self, images):
-        "Pictures (b, 3, image_size, image_size) in [-1, 1] -> tokens (b, (image_size / 8)², dim) row by row, their grid."
+        "Pictures (b, 3, image_size, image_size) in [-1, 1] -> tokens (b, height × width, dim) row by row, their grid."
         size = self.image_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images: got shape {tuple(images.shape)}, need (batch, 3, {size}, {size})")
@@ -64,16 +64,16 @@ class ViTBlock(nn.Module):
         x = x + self.out(F.scaled_dot_product_attention(*self.split(x)).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
-# %% ../../nbs/vision/09_encoders.ipynb #5b137a4e
+# %% ../../nbs/vision/09_encoders.ipynb #a558de12
 def resize_positions(positions, side, grid):
     """Positions learned on a grid of side x side, for a grid of (height, width): bicubic with antialias, in float32.
 
-    positions (side², dim) -> (height × width, dim) in the same dtype. On the grid they were learned on they stay as they are.
+    positions (side², dim) -> (height × width, dim) in the same dtype; unchanged on the grid they were learned on.
     """
     if tuple(grid) == (side, side):
         return positions
     square = positions.to(torch.promote_types(positions.dtype, torch.float32)).unflatten(0, (1, side, side))
-    resized = F.interpolate(square.permute(0, 3, 1, 2), size=tuple(grid), mode="bicubic", antialias=True)    # (1, dim, h, w)
+    resized = F.interpolate(square.permute(0, 3, 1, 2), size=tuple(grid), mode="bicubic", antialias=True)
     return resized.flatten(2)[0].mT.to(positions.dtype)
 
 
@@ -119,6 +119,6 @@ class ViT(nn.Module):
         return x, grid
 
     def forward(self, images):
-        "Pictures (b, 3, H, W) in [-1, 1], sides multiples of `patch_size` -> tokens (b, height × width, dim), their grid."
+        "Pictures (b, 3, H, W) in [-1, 1], H and W multiples of `patch_size` -> tokens (b, L, dim), their grid."
         x, grid = self.hidden(images, len(self.blocks))
         return self.norm(x), grid

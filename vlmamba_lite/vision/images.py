@@ -37,7 +37,7 @@ def as_picture(image):
         raise ValueError(f"images: got a picture of {image.width}x{image.height} pixels, need at least 1x1")
     return image.convert("RGB")
 
-# %% ../../nbs/vision/images.ipynb #52ee14ec
+# %% ../../nbs/vision/images.ipynb #1c148771
 @dataclass(frozen=True)
 class Preprocess:
     """Pictures -> what an encoder reads, as the image processors of `transformers` do it: pad, resize, crop, normalise.
@@ -57,7 +57,8 @@ class Preprocess:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, need {need}")
 
         def is_pair(value):
-            return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, int) and v > 0 for v in value)
+            pair = isinstance(value, (list, tuple)) and len(value) == 2
+            return pair and all(isinstance(v, int) and v > 0 for v in value)
 
         edge = isinstance(self.size, int) and not isinstance(self.size, bool) and self.size > 0
         check("size", edge or is_pair(self.size), "a positive number or (height, width)")
@@ -88,7 +89,7 @@ class Preprocess:
         return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
     def normalize(self, pixels):
-        "Bytes (n, 3, height, width) on any device -> float32: divided by 255, minus the mean, over the standard deviation."
+        "Bytes (n, 3, height, width) on any device -> float32: (bytes / 255 - mean) / std."
         mean, std = (pixels.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
 
@@ -114,10 +115,10 @@ class Preprocess:
         top, left = (image.height - height) // 2, (image.width - width) // 2
         return image.crop((left, top, left + width, top + height))       # Pillow gives black outside of the picture
 
-# %% ../../nbs/vision/images.ipynb #72f6edbc
+# %% ../../nbs/vision/images.ipynb #0360402b
 def preprocess_from_config(settings):
     "A `Preprocess` from a preprocessor_config.json of SigLIP, CLIP, DINOv2 or LLaVA; `ValueError` for settings it lacks."
-    def edges(value):                                                    # {'shortest_edge'}, {'height', 'width'} or a number
+    def edges(value):                                                    # a dict of edges, or a number
         if isinstance(value, dict) and set(value) == {"height", "width"}:
             return value["height"], value["width"]
         return value["shortest_edge"] if isinstance(value, dict) and set(value) == {"shortest_edge"} else value
@@ -130,9 +131,9 @@ def preprocess_from_config(settings):
         got, need = wrong or settings, "resizing, division by 255, mean and std"
         raise ValueError(f"preprocessor_config.json: got {got}, need {need}")
     crop = edges(settings.get("crop_size")) if settings.get("do_center_crop") else None
-    return Preprocess(
-        size=edges(settings.get("size")), crop=(crop, crop) if isinstance(crop, int) else crop, mean=settings.get("image_mean"),
-        std=settings.get("image_std"), resample=names[resample], pad_to_square=bool(pads))
+    crop = (crop, crop) if isinstance(crop, int) else crop
+    return Preprocess(edges(settings.get("size")), crop, settings.get("image_mean"), settings.get("image_std"),
+                      names[resample], bool(pads))
 
 
 def find_file(source, name):

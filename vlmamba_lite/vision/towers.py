@@ -19,14 +19,15 @@ from torch import nn
 from .encoders import ConvEncoder, ViT, check_pictures
 from .images import CLIP_COLOURS, HALF, IMAGENET_COLOURS, Preprocess, load_preprocess
 
-# %% ../../nbs/vision/towers.ipynb #3b24d9b0
+# %% ../../nbs/vision/towers.ipynb #f06a3531
 _LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
 _TINY = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, patch_size=8, image_size=32)
 
 TOWER_SHAPES = {
     "google/siglip-so400m-patch14-384": dict(model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304,
                                              num_hidden_layers=27, num_attention_heads=16, patch_size=14, image_size=384),
-    "openai/clip-vit-large-patch14-336": dict(model_type="clip_vision_model", intermediate_size=4096, image_size=336, **_LARGE),
+    "openai/clip-vit-large-patch14-336": dict(model_type="clip_vision_model", intermediate_size=4096,
+                                              image_size=336, **_LARGE),
     "facebook/dinov2-large": dict(model_type="dinov2", image_size=518, **_LARGE),
     "facebook/dinov2-with-registers-large": dict(model_type="dinov2_with_registers", image_size=518,
                                                  num_register_tokens=4, **_LARGE),
@@ -45,10 +46,10 @@ MODEL_TYPES = {"siglip_vision_model": ("SiglipVisionConfig", "SiglipVisionModel"
                "dinov2": ("Dinov2Config", "Dinov2Model"),
                "dinov2_with_registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel")}
 
-CONFIG_FIELDS = tuple("""model_type hidden_size intermediate_size mlp_ratio num_hidden_layers num_attention_heads num_channels
-    image_size patch_size hidden_act layer_norm_eps vision_use_head num_register_tokens qkv_bias use_swiglu_ffn layerscale_value
-    attention_dropout attention_probs_dropout_prob hidden_dropout_prob drop_path_rate projection_dim initializer_range
-    initializer_factor""".split())
+CONFIG_FIELDS = tuple("""model_type hidden_size intermediate_size mlp_ratio num_hidden_layers num_attention_heads
+    num_channels image_size patch_size hidden_act layer_norm_eps vision_use_head num_register_tokens qkv_bias
+    use_swiglu_ffn layerscale_value attention_dropout attention_probs_dropout_prob hidden_dropout_prob drop_path_rate
+    projection_dim initializer_range initializer_factor""".split())
 
 # %% ../../nbs/vision/towers.ipynb #5fc4dd1e
 def _transformers():
@@ -87,7 +88,7 @@ def new_tower(shape, device=None):
     with torch.device(device or torch.get_default_device()):
         return getattr(_transformers(), MODEL_TYPES[config.model_type][1])(config)
 
-# %% ../../nbs/vision/towers.ipynb #8edc020b
+# %% ../../nbs/vision/towers.ipynb #18d6c567
 def layer_index(layer, count):
     "`layer` counted from 0, where negative ones count from the end; `ValueError` outside of `count` layers."
     if not isinstance(layer, int) or isinstance(layer, bool) or not -count <= layer < count:
@@ -155,8 +156,8 @@ class Tower(nn.Module):
                         dtype=torch.float32):
         """An encoder with its weights and its `Preprocess`, from a folder, the Hub, or a name of `timm`.
 
-        image_size: pictures are squeezed to that square, as in ML-Mamba, and not resized as the encoder's own settings say.
-        pad_to_square: pad first, as LLaVA-1.5 does. Raises `ValueError` for another kind of model and for missing weights.
+        image_size: pictures are squeezed to that square, as in ML-Mamba, whatever the encoder's own settings say.
+        pad_to_square: pad first, as LLaVA-1.5 does. Raises `ValueError` for another kind of model, for missing weights.
         """
         source = tower_name(source)
         preprocess = preprocess or load_preprocess(source)
@@ -172,7 +173,7 @@ class Tower(nn.Module):
         return cls(layer=layer, frozen=frozen, preprocess=replace(preprocess, **changes), model=model)
 
     def forward(self, images):
-        "Pictures (b, 3, H, W) as its `preprocess` makes them -> tokens (b, h w, dim) in their dtype, (h, w) whole patches."
+        "Pictures (b, 3, H, W) as its `preprocess` makes them -> tokens (b, h w, dim) in their dtype, (h, w)."
         check_pictures(images, self.patch_size)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (not self.frozen or images.requires_grad)):
             tokens = self.model(images, **self.options).last_hidden_state[:, self.skip:]
@@ -192,7 +193,7 @@ def config_fields(config):
     "The fields of a config object that a file has to keep."
     return {name: getattr(config, name) for name in CONFIG_FIELDS if hasattr(config, name)}
 
-# %% ../../nbs/vision/towers.ipynb #9b46b857
+# %% ../../nbs/vision/towers.ipynb #f16be889
 class SigLIP(Tower):
     "SigLIP's image encoder (arXiv 2303.15343; VL-Mamba's choice): no class token. `SigLIP(config)` has random weights."
     kind, model_types, options = "siglip", ("siglip_vision_model",), dict(interpolate_pos_encoding=True)
@@ -214,7 +215,7 @@ class CLIP(Tower):
 
 
 class DINOv2(Tower):
-    "DINOv2's encoder (arXiv 2304.07193), with or without registers (arXiv 2309.16588); class token and registers dropped."
+    "DINOv2's encoder (arXiv 2304.07193), with or without registers (arXiv 2309.16588), which are dropped."
     kind, model_types, options = "dinov2", ("dinov2", "dinov2_with_registers"), {}       # it always interpolates
 
     @staticmethod
@@ -256,12 +257,12 @@ def half_range(encoder):
     preprocess = getattr(encoder, "preprocess", None)
     return encoder if preprocess is None or (preprocess.mean, preprocess.std) == HALF else FusedEncoder([encoder])
 
-# %% ../../nbs/vision/towers.ipynb #4f8a7b47
+# %% ../../nbs/vision/towers.ipynb #0d823091
 ENCODERS = {"conv": ConvEncoder, "vit": ViT, "siglip": SigLIP, "clip": CLIP, "dinov2": DINOv2, "fused": FusedEncoder}
 
 
 def build_encoder(spec):
-    """An encoder with random weights from a dict: `kind`, a name in `ENCODERS` ("conv" where there is none), and its arguments.
+    """An encoder with random weights from a dict: `kind`, a name in `ENCODERS` (default "conv"), and its arguments.
 
     The `spec()` of a tower is such a dict; "fused" takes `towers`, a list of them.
     """
