@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlmamba_lite.vision import (
-    CLIP, CLIP_COLOURS, TIMM_NAMES, TOWER_SHAPES, ConvEncoder, DINOv2, FusedEncoder, Preprocess, SigLIP, ViT, attention_map, build_encoder,
-    conv_stage, draw_map, encoder_spec, feature_map, find_file, half_range, load_encoder, load_preprocess, new_tower, preprocess_from_config,
-    resize_positions, tower_config, tower_name, vit_hidden)
+from vlmamba_lite.vision.encoders import ConvEncoder, ViT, conv_stage, resize_positions
+from vlmamba_lite.vision.images import CLIP_COLOURS, Preprocess, find_file, load_preprocess, preprocess_from_config
+from vlmamba_lite.vision.towers import (
+    CLIP, TIMM_NAMES, TOWER_SHAPES, DINOv2, FusedEncoder, SigLIP, attention_map, build_encoder, encoder_spec, feature_map, half_range,
+    load_encoder, new_tower, tower_config, tower_name)
 
 
 def encoder(dim=12, width=4, image_size=32, seed=0, trained=True):
@@ -736,7 +737,7 @@ def test_attention_equals_the_peer(name):
 def test_attention_of_the_vit():
     "The weights give the block's output: they are what it used."
     model, images = vit(), torch.randn(2, 3, 16, 8)
-    x, grid = vit_hidden(model, images, 1)
+    x, grid = model.hidden(images, 1)
     block = model.blocks[1]
     weights = block.attention(x)
     y = x + block.out((weights @ block.split(x)[2]).transpose(1, 2).flatten(2))
@@ -759,19 +760,10 @@ def test_feature_map():
     assert feature_map(torch.randn(6, 2), (2, 3)).isfinite().all() and feature_map(torch.ones(6, 5), (2, 3)).isfinite().all()
 
 
-def test_draw_map():
-    plt = pytest.importorskip("matplotlib.pyplot")
-    fig, axis = plt.subplots()
-    draw_map(axis, picture(60, 40), torch.rand(4, 6))
-    below, above = axis.images
-    assert list(below.get_extent()) == list(above.get_extent()) == [0, 60, 40, 0] and above.get_array().shape == (4, 6)
-    plt.close(fig)
-
-
 # ---- light
 
 def test_import_is_light():
-    code = "import sys, vlmamba_lite.vision; print([m for m in ('transformers', 'timm', 'huggingface_hub', 'matplotlib') if m in sys.modules])"
+    code = "import sys, vlmamba_lite.vision.towers; print([m for m in ('transformers', 'timm', 'huggingface_hub', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
