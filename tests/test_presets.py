@@ -10,6 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from model_cases import batch_of
 from PIL import Image
 
+import vlmamba_lite
 from vlmamba_lite.benchmark import peak_bytes
 from vlmamba_lite.data import byte_tokenizer
 from vlmamba_lite.language_model import MambaConfig
@@ -475,3 +476,17 @@ def test_the_tokenizer_of_published_models(monkeypatch, tmp_path):
     assert find_tokenizer(tmp_path / "tokenizer.json", "x").get_vocab_size() == 257
     (tmp_path / "tokenizer.json").write_text("{")
     one_line(lambda: find_tokenizer(tmp_path / "tokenizer.json", "x"), "tokenizer.json")
+
+
+# Names at the top
+
+@pytest.mark.parametrize("name", vlmamba_lite.__all__)
+def test_public_names_are_importable_from_the_top(name):
+    assert getattr(vlmamba_lite, name).__name__ == name and name in dir(vlmamba_lite)
+
+
+def test_the_top_loads_nothing_by_itself():
+    code = "import sys, vlmamba_lite; assert 'torch' not in sys.modules; from vlmamba_lite import VLMamba; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="has no attribute 'VLMumba'"):
+        vlmamba_lite.VLMumba
