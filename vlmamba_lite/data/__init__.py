@@ -2,7 +2,6 @@
 from functools import partial
 
 from .batches import *
-from .batches import _begin
 from .checks import *
 from .conversations import *
 from .conversations import ERROR_KINDS as FAULTS
@@ -19,6 +18,18 @@ def encode_turn(tokenizer, question, answer):
     return row.input_ids, row.labels
 
 
-def place(mixture, n):
-    "Old name of `Mixture.place`."
-    return mixture.place(n)
+def select_state(state, rows):
+    "Now in `model.vlmamba`."
+    from vlmamba_lite.model.vlmamba import select_state
+    return select_state(state, rows)
+
+
+def batch_loss(language, batch, see=None):
+    "Now `VLMamba.forward(batch).loss`."
+    from torch.nn import Module
+
+    from vlmamba_lite.model.vlmamba import VLMamba
+    reader = VLMamba.__new__(VLMamba)
+    Module.__init__(reader)
+    reader.language, reader.__dict__["see"] = language, see
+    return reader(batch).loss

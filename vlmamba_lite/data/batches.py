@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['pad_rows', 'Tally', 'attempt', 'Batch', 'lay_out', 'collate', 'collate_by_image', 'first_fit', 'collate_packed',
-           'group_by_length', 'select_state', 'read_prefixes', 'read_lines', 'batch_loss', 'Mixture', 'load_picture',
-           'open_pictures', 'Preparer', 'Batches', 'load_batches']
+           'group_by_length', 'Mixture', 'load_picture', 'open_pictures', 'Preparer', 'Batches', 'load_batches']
 
 # %% ../../nbs/data/14_batches.ipynb #1df11900
 import hashlib
@@ -21,7 +20,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from .conversations import Codec, SampleError, encode_conversation, sample_error
-from .pictures import augment_pictures, normalize, open_image, process_images, read_picture
+from .pictures import augment_pictures, open_image, process_images, read_picture
 
 # %% ../../nbs/data/14_batches.ipynb #1588c46e
 def pad_rows(rows, value):
@@ -116,7 +115,7 @@ def lay_out(lines, rows, pad_id, share):
     return Batch(images=torch.cat([part for part in pictures if len(part)] or [torch.empty(0)]),
                  prefixes=pad_rows(prefixes, -1).long(), prefix_of=torch.tensor(prefix_of), starts=pad_rows(starts, -1),
                  input_ids=pad_rows(ids, pad_id), labels=pad_rows(labels, -100), mask=pad_rows([[True] * len(line) for line in ids], False),
-                 names=[row.name for row in rows])
+                 names=[row.name for row in rows], tally=Tally(cut=sum(row.cut for row in rows)))
 
 
 def collate(rows, pad_id):
@@ -157,54 +156,6 @@ def group_by_length(lengths, batch_size, rng):
     order = np.argsort(lengths, kind="stable")
     batches = [order[i:i + batch_size].tolist() for i in range(0, len(order), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
-
-# %% ../../nbs/data/14_batches.ipynb #13dcfd06
-#| code-fold: true
-def select_state(state, rows):
-    "The states of these rows of a batch, in this order; a row may be asked for twice."
-    return [type(s)(*(part[rows] for part in s)) for s in state]
-
-
-def read_prefixes(language, batch, see=None):
-    "The language model's state after each prefix of a batch, None without pictures. see: pictures -> (n, t, d_model), else `ValueError`."
-    if not batch.images.numel():
-        return None
-    if see is None:
-        raise ValueError("see: got None, need a function from pictures to visual tokens for a batch with pictures")
-    tokens = see(normalize(batch.images) if batch.images.dtype == torch.uint8 else batch.images)
-    there = (batch.prefixes >= 0).repeat_interleave(tokens.shape[1], 1)                   # (p, most * t)
-    x = tokens[batch.prefixes.clamp(min=0)].flatten(1, 2)                                 # (p, most * t, d)
-    return language.hidden(inputs_embeds=x, mask=there)[1]
-
-
-def _begin(state, fresh, batch, column):
-    "The states of all lines, those replaced in which a text begins at this column. fresh: the state after each prefix, or None."
-    number = batch.starts[:, column]
-    if fresh is not None:
-        fresh = select_state(fresh, batch.prefix_of[number.clamp(min=0)])
-    elif state is not None:
-        fresh = [type(s)(*map(torch.zeros_like, s)) for s in state]
-    if state is None or fresh is None:
-        return fresh
-    begins = [[(number >= 0).view(-1, *[1] * (part.ndim - 1)) for part in s] for s in state]
-    return [type(s)(*map(torch.where, b, f, s)) for b, f, s in zip(begins, fresh, state)]
-
-
-def read_lines(language, batch, fresh=None):
-    "Logits (lines, T, V) of a batch: every text begins from its prefix's state (`read_prefixes`) and sees nothing of its neighbours."
-    cuts = [*(batch.starts >= 0).any(0).nonzero().flatten().tolist(), batch.starts.shape[1]]
-    state, logits = None, []
-    for a, b in zip(cuts, cuts[1:]):
-        state = _begin(state, fresh, batch, a)
-        out = language(batch.input_ids[:, a:b], mask=batch.mask[:, a:b], state=state)
-        state, logits = out.state, [*logits, out.logits]
-    return torch.cat(logits, 1)
-
-
-def batch_loss(language, batch, see=None):
-    "The mean loss over the learned tokens of a batch of any layout. language: a `MambaLM`; see: as of `read_prefixes`."
-    from vlmamba_lite.language_model import next_token_loss
-    return next_token_loss(read_lines(language, batch, read_prefixes(language, batch, see)), batch.labels, batch.mask)
 
 # %% ../../nbs/data/14_batches.ipynb #13ffdb65
 #| code-fold: true
@@ -359,8 +310,9 @@ class Batches:
         size = self.batch_size // self.parts
         for n in self.positions(step)[part * size:(part + 1) * size]:
             rows += self.rows(int(n), tally)
-        tally.cut += sum(row.cut for row in rows)
-        return replace(self.collate(rows, self.prepare.codec.pad_id), tally=tally)
+        batch = self.collate(rows, self.prepare.codec.pad_id)
+        batch.tally.add(tally)
+        return batch
 
     def positions(self, step):
         "The positions of a step; with `group`, those of as many steps are sorted by the length of their texts first."
