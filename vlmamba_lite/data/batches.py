@@ -32,7 +32,7 @@ def pad_rows(rows, value):
 #| code-fold: true
 @dataclass
 class Tally:
-    "What became of samples: how many were read, which kinds of errors were skipped, learned tokens cut, the first messages."
+    "Counts of samples read, of errors skipped by kind, of learned tokens cut; and the first messages."
     read: int = 0
     skipped: Counter = field(default_factory=Counter)
     cut: int = 0
@@ -60,7 +60,7 @@ def attempt(do, tally, on_error="raise"):
 # %% ../../nbs/data/14_batches.ipynb #d543dc16
 @dataclass
 class Batch:
-    "Texts and the pictures they begin with. A text is a `Row`; most batches have one in each line, packed ones several."
+    "Texts and the pictures they begin with. Most batches have one text (a `Row`) in each line, packed ones several."
     images: torch.Tensor       # (n, 3, h, w)
     prefixes: torch.Tensor     # (p, most pictures): which images a prefix consists of, -1 where it has fewer
     prefix_of: torch.Tensor    # (texts,): the prefix of each text
@@ -73,9 +73,9 @@ class Batch:
 
     @classmethod
     def from_rows(cls, images, input_ids, labels, mask=None):
-        """The batch of images (b, 3, h, w) and of rows (b × q, T), q rows a picture in the pictures' order; mask None: every token is real.
+        """The batch of images (b, 3, h, w) and of rows (b × q, T), q rows a picture in the pictures' order.
 
-        Raises a `ValueError` unless the rows are a multiple of the pictures."""
+        mask: None where every token is real. `ValueError` unless the rows are a multiple of the pictures."""
         q, rest = divmod(len(input_ids), len(images))
         if rest or not q:
             raise ValueError(f"input_ids: got {len(input_ids)} rows, need a multiple of the {len(images)} images")
@@ -83,11 +83,13 @@ class Batch:
         starts = torch.full_like(input_ids, -1)
         starts[:, 0] = rows
         mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
-        return cls(images, pictures[:, None], pictures.repeat_interleave(q), starts, input_ids, labels, mask, [str(i) for i in rows.tolist()])
+        names = [str(i) for i in rows.tolist()]
+        return cls(images, pictures[:, None], pictures.repeat_interleave(q), starts, input_ids, labels, mask, names)
 
     def to(self, device):
         "The batch with its tensors on a device."
-        return replace(self, **{name: part.to(device) for name, part in vars(self).items() if isinstance(part, torch.Tensor)})
+        tensors = {name: part for name, part in vars(self).items() if isinstance(part, torch.Tensor)}
+        return replace(self, **{name: part.to(device) for name, part in tensors.items()})
 
 # %% ../../nbs/data/14_batches.ipynb #131ac40d
 def lay_out(lines, rows, pad_id, share):
@@ -98,7 +100,8 @@ def lay_out(lines, rows, pad_id, share):
         raise ValueError("rows: got none, need at least one")
     sizes = sorted({tuple(row.images.shape[1:]) for row in rows if len(row.images)})
     if len(sizes) > 1:
-        raise ValueError(f"images: got pictures of {len(sizes)} sizes, {' and '.join(map(str, sizes[:2]))}; need one size in a batch")
+        some = " and ".join(map(str, sizes[:2]))
+        raise ValueError(f"images: got pictures of {len(sizes)} sizes, {some}; need one size in a batch")
     number, pictures, prefixes, prefix_of = {}, [], [], []
     for n, row in enumerate(rows):
         key = n if len(row.images) else "no pictures"
@@ -111,10 +114,12 @@ def lay_out(lines, rows, pad_id, share):
             pictures.append(row.images)
         prefix_of.append(number[key])
     starts = [[n if t == 0 else -1 for n in line for t in range(len(rows[n].input_ids))] for line in lines]
-    ids, labels = ([list(chain.from_iterable(getattr(rows[n], name) for n in line)) for line in lines] for name in ("input_ids", "labels"))
+    ids = [list(chain.from_iterable(rows[n].input_ids for n in line)) for line in lines]
+    labels = [list(chain.from_iterable(rows[n].labels for n in line)) for line in lines]
+    mask = [[True] * len(line) for line in ids]
     return Batch(images=torch.cat([part for part in pictures if len(part)] or [torch.empty(0)]),
                  prefixes=pad_rows(prefixes, -1).long(), prefix_of=torch.tensor(prefix_of), starts=pad_rows(starts, -1),
-                 input_ids=pad_rows(ids, pad_id), labels=pad_rows(labels, -100), mask=pad_rows([[True] * len(line) for line in ids], False),
+                 input_ids=pad_rows(ids, pad_id), labels=pad_rows(labels, -100), mask=pad_rows(mask, False),
                  names=[row.name for row in rows], tally=Tally(cut=sum(row.cut for row in rows)))
 
 
@@ -130,7 +135,7 @@ def collate_by_image(rows, pad_id):
 # %% ../../nbs/data/14_batches.ipynb #7deef623
 #| code-fold: true
 def first_fit(lengths, room):
-    "Positions of `lengths` in lines of at most `room`: longest first, each into the first that fits. `ValueError` for a longer one."
+    "Positions of `lengths` in lines of at most `room`: longest first, each where it fits first, else `ValueError`."
     lines, free = [], []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[i] > room:
@@ -145,9 +150,10 @@ def first_fit(lengths, room):
 
 
 def collate_packed(rows, pad_id, length=None):
-    "Several texts in a line of at most `length` tokens, by default the longest text's; texts about the same pictures share them."
+    "Several texts in a line of at most `length` tokens, by default the longest text's; equal pictures are shared."
     lengths = [len(row.input_ids) for row in rows]
-    return lay_out(first_fit(lengths, max(lengths, default=0) if length is None else length), rows, pad_id, share=True)
+    room = max(lengths, default=0) if length is None else length
+    return lay_out(first_fit(lengths, room), rows, pad_id, share=True)
 
 # %% ../../nbs/data/14_batches.ipynb #aef8772b
 #| code-fold: true
@@ -164,12 +170,14 @@ class Mixture:
     BLOCK = 4096                                                          # positions whose sets are drawn together
 
     def __init__(self, sets, weights=None, seed=0):
-        weights = np.array([len(data) for data in sets] if weights is None else weights, dtype=float)
-        if weights.shape != (len(sets),) or not len(sets) or not np.isfinite(weights).all() or weights.min() <= 0 or not all(map(len, sets)):
-            raise ValueError(f"sets, weights: got sizes {[len(d) for d in sets]} and {weights.tolist()}, need a positive weight for each set")
+        sizes = [len(data) for data in sets]
+        weights = np.array(sizes if weights is None else weights, dtype=float)
+        if not sizes or weights.shape != (len(sets),) or not np.isfinite(weights).all() or min(*weights, *sizes) <= 0:
+            got = f"sizes {sizes} and {weights.tolist()}"
+            raise ValueError(f"sets, weights: got {got}, need a positive weight for each set, and no empty set")
         self.sets, self.share, self.seed = list(sets), weights / weights.sum(), seed
         self.before = [np.zeros(len(sets), int)]                          # how often each set was drawn before a block
-        self.orders, self.last = {}, (None, None)                         # the permutations in use; a block and its draws
+        self.orders, self.last = {}, (None, None)                         # permutations in use; a block and its draws
 
     def __len__(self):
         return sum(map(len, self.sets))
@@ -199,7 +207,7 @@ class Mixture:
 # %% ../../nbs/data/14_batches.ipynb #d8e62ce1
 #| code-fold: true
 def load_picture(image, sample):
-    "A picture of a `Conversation` -> an upright PIL picture. Raises a `SampleError` of kind 'image' for what cannot be read."
+    "A picture of a `Conversation` -> an upright PIL picture. `SampleError` of kind 'image' where it cannot be read."
     try:
         if isinstance(image, dict):
             return read_picture(io.BytesIO(image["bytes"]), "in the record")
@@ -209,7 +217,7 @@ def load_picture(image, sample):
 
 
 def open_pictures(conversation, process):
-    "The pictures of a conversation as process() makes them, (k, 3, h, w), empty where there are none. Raises a `SampleError`."
+    "The pictures of a conversation as process() makes them, (k, 3, h, w), or an empty tensor. Raises a `SampleError`."
     pictures = [load_picture(image, conversation.name) for image in conversation.images]
     try:
         return process(pictures) if pictures else torch.empty(0, dtype=torch.uint8)
@@ -224,7 +232,7 @@ class Preparer:
     template: object = "zephyr"
     max_length: int | None = None
     process: object = partial(process_images, size=64)     # PIL pictures -> (k, 3, h, w)
-    questions: int | None = None                           # at most so many turns of a conversation, drawn anew each time
+    questions: int | None = None                           # at most so many turns, drawn anew each time
     augmented: bool = False                                # pictures changed as far as the turns allow
     seed: int = 0
 
@@ -244,7 +252,7 @@ class Preparer:
 # %% ../../nbs/data/14_batches.ipynb #022c19a4
 #| code-fold: true
 def load_picture(image, sample):
-    "A picture of a `Conversation` -> an upright PIL picture. Raises a `SampleError` of kind 'image' for what cannot be read."
+    "A picture of a `Conversation` -> an upright PIL picture. `SampleError` of kind 'image' where it cannot be read."
     try:
         if isinstance(image, dict):
             return read_picture(io.BytesIO(image["bytes"]), "in the record")
@@ -254,7 +262,7 @@ def load_picture(image, sample):
 
 
 def open_pictures(conversation, process):
-    "The pictures of a conversation as process() makes them, (k, 3, h, w), empty where there are none. Raises a `SampleError`."
+    "The pictures of a conversation as process() makes them, (k, 3, h, w), or an empty tensor. Raises a `SampleError`."
     pictures = [load_picture(image, conversation.name) for image in conversation.images]
     try:
         return process(pictures) if pictures else torch.empty(0, dtype=torch.uint8)
@@ -269,7 +277,7 @@ class Preparer:
     template: object = "zephyr"
     max_length: int | None = None
     process: object = partial(process_images, size=64)     # PIL pictures -> (k, 3, h, w)
-    questions: int | None = None                           # at most so many turns of a conversation, drawn anew each time
+    questions: int | None = None                           # at most so many turns, drawn anew each time
     augmented: bool = False                                # pictures changed as far as the turns allow
     seed: int = 0
 
@@ -324,7 +332,7 @@ class Batches:
         return n[group_by_length(lengths, size, np.random.default_rng((self.mixture.seed, group, 4)))[own]]
 
     def text_length(self, n):
-        "Characters of the conversation at position n; 0 for one that cannot be read, which shows when its batch is made."
+        "Characters of the conversation at position n; 0 where it cannot be read, which shows when its batch is made."
         k, i = self.mixture.place(n)
         try:
             return sum(map(len, chain.from_iterable(self.mixture.sets[k][i].turns)))
@@ -332,7 +340,7 @@ class Batches:
             return 0
 
     def rows(self, n, tally):
-        "The rows of position n; where it is skipped, of another sample of its set. `ValueError` after 100 that cannot be used."
+        "The rows of position n; where it is skipped, of another sample of its set. `ValueError` after 100 skips."
         k, i = self.mixture.place(n)
         data = self.mixture.sets[k]
         for again in range(100):

@@ -27,10 +27,9 @@ BUILT_IN = {"easy-vqa": lambda: easy_vqa_set("train"), "sort-of-clevr": lambda: 
 
 
 def open_data(path, root=None, columns=None):
-    """The `ConversationSet` of a path: LLaVA's .json or .jsonl, .parquet or a folder of them, a folder of `save_to_disk`, or a name in BUILT_IN.
-
-    root: the folder under which pictures lie, by default that of the path. columns: as of `guess_columns`. Raises `FileNotFoundError`,
-    or `ValueError` for a file of another kind."""
+    """The `ConversationSet` of a name in BUILT_IN or of a path: LLaVA's .json or .jsonl, .parquet or a folder of it, or
+    a folder of `save_to_disk`. root: the folder under which pictures lie, by default that of the path. columns: as of
+    `guess_columns`. Raises `FileNotFoundError`, or `ValueError` for a file of another kind."""
     path = Path(path)
     if not path.exists():
         if str(path) in BUILT_IN:
@@ -46,12 +45,15 @@ def open_data(path, root=None, columns=None):
         return hub_set(load_from_disk(str(path)), columns, path.name, root)
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path] * (path.suffix == ".parquet")
     if not files:
-        raise ValueError(f"data: got {path}, need .json, .jsonl, .parquet, a folder of .parquet, or one written by save_to_disk")
+        need = ".json, .jsonl, .parquet, a folder of .parquet, or one written by save_to_disk"
+        raise ValueError(f"data: got {path}, need {need}")
     return hub_set(Dataset(pa.concat_tables([pq.read_table(file) for file in files])), columns, path.name, root)
 
 
 def open_tokenizer(path):
-    "The tokenizer in a tokenizer.json, or a folder with one; tokenizer_config.json: with `transformers`. Raises `FileNotFoundError` or `ValueError`."
+    """The tokenizer in a tokenizer.json, or in a folder with one; with tokenizer_config.json, that of `transformers`.
+
+    Raises `FileNotFoundError`, or `ValueError` for a file that is no tokenizer."""
     path = Path(path)
     if (path / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer
@@ -66,7 +68,7 @@ def open_tokenizer(path):
 
 # %% ../../nbs/data/checks.ipynb #12bb7939
 def check_data(data, tokenizer=None, template="zephyr", max_length=None, limit=None):
-    """Reads a whole set and reports: a dict of counts, lengths in tokens, errors by kind with the first messages, and the five longest samples.
+    """A report on a whole set: counts, lengths in tokens, errors by kind, the first messages, the five longest samples.
 
     tokenizer: without one a token is a byte. limit: look at so many samples only. A broken sample never stops it."""
     codec, template = Codec(byte_tokenizer() if tokenizer is None else tokenizer), pick_template(template)
@@ -85,15 +87,18 @@ def check_data(data, tokenizer=None, template="zephyr", max_length=None, limit=N
             for image in conversation.images:
                 note(open_pictures, replace(conversation, images=[image]), partial(process_images, size=8))
             rows = note(encode_conversation, conversation, codec, template, max_length)
-            report.update(turns=len(conversation.turns), images=len(conversation.images), text_only=not conversation.images)
+            pictures = len(conversation.images)
+            report.update(turns=len(conversation.turns), images=pictures, text_only=not pictures)
         if rows is not None:
-            report.update(learned_tokens=sum(label != -100 for row in rows for label in row.labels), cut_tokens=sum(row.cut for row in rows))
+            learned = sum(label != -100 for row in rows for label in row.labels)
+            report.update(learned_tokens=learned, cut_tokens=sum(row.cut for row in rows))
             lengths.append((sum(len(row.input_ids) for row in rows), conversation.name))
         report.update(samples=1, usable=len(errors) == before)
     kinds, tokens = Counter(error.kind for error in errors), sorted(n for n, _ in lengths) or [0]
     empty_answers = sum(error.kind == "empty" and "assistant, turn" in str(error) for error in errors)
-    return {**report, "tokens": {"least": tokens[0], "median": tokens[len(tokens) // 2], "most": tokens[-1], "total": sum(tokens)},
-            "broken_images": kinds["image"], "empty_answers": empty_answers, "mask_failures": kinds["mask"], "repeated_ids": kinds["duplicate"],
+    spread = {"least": tokens[0], "median": tokens[len(tokens) // 2], "most": tokens[-1], "total": sum(tokens)}
+    return {**report, "tokens": spread, "broken_images": kinds["image"], "empty_answers": empty_answers,
+            "mask_failures": kinds["mask"], "repeated_ids": kinds["duplicate"],
             "faults": dict(sorted(kinds.items())), "messages": [str(error) for error in errors[:20]],
             "longest": [{"sample": name, "tokens": n} for n, name in sorted(lengths, reverse=True)[:5]]}
 
@@ -108,10 +113,10 @@ def report_table(report):
     return "\n".join([f"{name:{width}}{value}" for name, value in rows] + [f"- {text}" for text in report["messages"]])
 
 # %% ../../nbs/data/checks.ipynb #89c236b8
-def stream_batches(records, prepare, columns, batch_size=16, collate=collate, on_error="raise", label="stream", root=None, position=0):
-    """Yields (records read so far, `Batch`) of records that come one by one: a streaming set of `datasets`, or any iterable that begins anew.
+def stream_batches(records, prepare, columns, batch_size=16, collate=collate, on_error="raise", root=None, position=0):
+    """Yields (records read so far, `Batch`) of a streaming set of `datasets`, or of any iterable that begins anew.
 
-    position: begin behind so many records. The position of a record is its name in messages and the seed of all that is drawn for it."""
+    position: begin behind so many records. A record's position is its name in messages and the seed of its draws."""
     skip, ready, rows, tally = getattr(records, "skip", None), 0, [], Tally()
 
     def finish():
@@ -120,7 +125,10 @@ def stream_batches(records, prepare, columns, batch_size=16, collate=collate, on
         return position, batch
 
     for record in skip(position) if skip else islice(iter(records), position, None):
-        new = attempt(lambda: prepare(read_record(record, columns, f"{position} of {label}", root), position), tally, on_error)     # noqa: B023
+        def read():
+            return prepare(read_record(record, columns, f"{position} of stream", root), position)         # noqa: B023
+
+        new = attempt(read, tally, on_error)
         position += 1
         if new is not None:
             ready, rows = ready + 1, rows + new

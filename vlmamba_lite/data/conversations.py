@@ -33,8 +33,9 @@ def build_tokenizer(texts):
 # %% ../../nbs/data/13_conversations.ipynb #2c90e4dc
 #| code-fold: true
 class TurnView:
-    "Rows of (token, kind), kind one of 'given', 'learned', 'padding': coloured in a notebook, underlined in a terminal."
-    STYLE = {"given": "color:#666", "learned": "background:#cdebd3;color:#14532d;font-weight:bold", "padding": "color:#ccc"}
+    "Rows of (token, kind), a kind of STYLE: coloured in a notebook, learned tokens underlined in a terminal."
+    STYLE = {"given": "color:#666", "padding": "color:#ccc",
+             "learned": "background:#cdebd3;color:#14532d;font-weight:bold"}
 
     def __init__(self, rows):
         self.rows = rows
@@ -48,19 +49,19 @@ class TurnView:
 
     def _repr_html_(self):
         span = '<span style="{};padding:1px 4px;border-radius:3px;font-family:monospace">{}</span>'
-        lines = (" ".join(span.format(self.STYLE[kind], html.escape(token)) for token, kind in row) for row in self.rows)
-        return "".join(f"<div>{line}</div>" for line in lines)
+        lines = ([span.format(self.STYLE[kind], html.escape(token)) for token, kind in row] for row in self.rows)
+        return "".join(f"<div>{' '.join(line)}</div>" for line in lines)
 
 
 def show_turn(tokenizer, input_ids, labels):
-    "A view of input_ids and labels, (length,) or (rows, length), with what is learned marked; a space is `·`, a line break `⏎`."
+    "A view of input_ids and labels, (length,) or (rows, length), with the learned tokens marked; `·`: a space."
     signs = str.maketrans({" ": "·", "\n": "⏎"})
     input_ids, labels = (x.tolist() if hasattr(x, "tolist") else x for x in (input_ids, labels))
     if not isinstance(input_ids[0], list):
         input_ids, labels = [input_ids], [labels]
     rows = []
     for ids, own in zip(input_ids, labels):
-        end = len(ids)                                       # behind it the same control token again and again, not learned: padding
+        end = len(ids)                                       # padding: one control token again and again, not learned
         if not tokenizer.decode(ids[-1:], skip_special_tokens=True):
             while end and ids[end - 1] == ids[-1] and own[end - 1] == -100:
                 end -= 1
@@ -115,11 +116,12 @@ def check_text(sample, who, text):
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise sample_error(sample, "text", f"{who}: got half a character at {error.start}, need valid Unicode") from None
+        text = f"{who}: got half a character at {error.start}, need valid Unicode"
+        raise sample_error(sample, "text", text) from None
 
 
 def check_conversation(conversation):
-    "Raises a `SampleError` unless there is at least one turn and every turn is a pair of texts; returns the conversation."
+    "The conversation. Raises a `SampleError` unless it has at least one turn and every turn is a pair of texts."
     if not conversation.turns:
         raise sample_error(conversation.name, "turns", "got no turns, need at least one question with its answer")
     for i, (question, answer) in enumerate(conversation.turns, 1):
@@ -130,7 +132,7 @@ def check_conversation(conversation):
 # %% ../../nbs/data/13_conversations.ipynb #ad5846b3
 @dataclass(frozen=True)
 class Template:
-    "The text around the words of a conversation; `{eos}` is the tokenizer's end of text. Only the assistant's words and `end` are learned."
+    "The text around the words of a conversation; `{eos}` is the end of text. Answers and `end` are learned."
     begin: str = ""          # once, after the pictures
     user: str = ""           # before the user's words
     assistant: str = ""      # between the user's words and the answer
@@ -158,7 +160,7 @@ def pick_template(template):
 
 # %% ../../nbs/data/13_conversations.ipynb #3e212dd9
 class Codec:
-    "Text to ids and back with any tokenizer, of `tokenizers` or of `transformers`. `ValueError` for one without an end of text."
+    "Text to ids and back, with a tokenizer of `tokenizers` or `transformers`. `ValueError` if it has no end of text."
 
     def __init__(self, tokenizer):
         self.tokenizer, self.known, self.own = tokenizer, {}, isinstance(tokenizer, Tokenizer)
@@ -189,13 +191,13 @@ class Codec:
         return self.tokenizer.decode(ids, skip_special_tokens=False, **tidy)
 
     def literal(self, text):
-        "Ids of a template's own text, in which {eos} is the control token. There are few of them: each is encoded once."
+        "Ids of a template's own text, in which {eos} is the control token. Each of these few texts is encoded once."
         if text not in self.known:
             self.known[text] = self.encode(text.replace("{eos}", self.eos), special=True) if text else []
         return self.known[text]
 
     def words(self, text, sample):
-        "Ids of what somebody wrote: never a control token. `SampleError` where the tokenizer does not know a word, or leaves nothing."
+        "Ids of what somebody wrote, never a control token. `SampleError` for unknown words and for no ids."
         ids = self.encode(text, special=False)
         if not ids or not self.special.isdisjoint(ids):
             raise sample_error(sample, "mask", f"the tokenizer has no tokens for all of {text[:60]!r}")
@@ -204,7 +206,7 @@ class Codec:
 # %% ../../nbs/data/13_conversations.ipynb #fdbcf7d1
 #| code-fold: true
 def byte_tokenizer(texts=(), vocab_size=257):
-    "A byte-level tokenizer like GPT-NeoX's, merges learned from `texts`: control token `<|endoftext|>`, no pad token. Spells any text."
+    "A byte-level tokenizer like GPT-NeoX's, merges learned from `texts`; control token `<|endoftext|>`, no pad token."
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -251,7 +253,8 @@ def check_mask(codec, template, ids, labels, answers, sample):
         a, b = (str(texts[at])[:60] if at < len(texts) else None for texts in (got, answers))
         raise sample_error(sample, "mask", f"answer {at + 1}: the labels decode to {a!r}, need {b!r}")
     if labels[0] != -100:
-        raise sample_error(sample, "mask", "the row begins with a learned token, which nothing could predict; need a template with a beginning")
+        raise sample_error(sample, "mask", "the row begins with a learned token, which nothing could predict; "
+                           "need a template with a beginning")
 
 # %% ../../nbs/data/13_conversations.ipynb #b3bdad04
 @dataclass
@@ -281,13 +284,14 @@ def encode_conversation(conversation, tokenizer, template="zephyr", max_length=N
         end = len(ids) if max_length is None else max_length
         cut = sum(label != -100 for label in labels[end:])
         if all(label == -100 for label in labels[1:end]):
-            raise sample_error(name, "cut", f"nothing is left to learn in {max_length} tokens; {cut} learned tokens were cut")
+            text = f"nothing is left to learn in {max_length} tokens; {cut} learned tokens were cut"
+            raise sample_error(name, "cut", text)
         rows.append(Row(name, conversation.images, ids[:end], labels[:end], cut))
     return rows
 
 # %% ../../nbs/data/13_conversations.ipynb #35b30189
 def prompt_ids(tokenizer, question, turns=(), template="zephyr"):
-    "Ids of a prompt that ends where an answer begins, after the earlier `turns`: exactly the beginning of the training row."
+    "Ids of a prompt that ends where an answer begins, after earlier `turns`: the beginning of the training row."
     template, codec = pick_template(template), tokenizer if isinstance(tokenizer, Codec) else Codec(tokenizer)
     if template.alone or not template.asks:
         turns = ()                                              # such rows know no earlier turns
@@ -297,7 +301,7 @@ def prompt_ids(tokenizer, question, turns=(), template="zephyr"):
 # %% ../../nbs/data/13_conversations.ipynb #39225709
 #| code-fold: true
 def encode_prompt(tokenizer, question):
-    "Ids of a question to a word-level tokenizer. Raises a `ValueError` for an empty one and for unknown words, which it names."
+    "Ids of a question to a word-level tokenizer. `ValueError` for an empty one and for unknown words, which it names."
     ids = tokenizer.encode(question).ids if isinstance(question, str) else []
     if not ids:
         raise ValueError(f"question: got {question!r}, need at least one word")

@@ -29,7 +29,7 @@ VALIDATION_IMAGES = 400
 
 
 def easy_vqa_folder():
-    "The folder of the embedded data set: in an installed package, or `data/` of a checkout. Raises `FileNotFoundError`."
+    "The folder of the embedded data set: in an installed package, or in a checkout. Raises `FileNotFoundError`."
     package = Path(vlmamba_lite.__file__).resolve().parent
     places = (package / "easy_vqa", package.parent / "data" / "easy_vqa")
     for folder in places:
@@ -41,9 +41,8 @@ def easy_vqa_folder():
 def load_easy_vqa(split):
     """easy-VQA as a `datasets.Dataset`, one row a picture: image_id, image, questions, answers (as many as questions).
 
-    split: "train" (3,600 pictures), "validation" (400 held out of the shipped training set) or "test" (1,000); else `ValueError`.
-    """
-    import pyarrow.parquet as pq                                       # these two load slowly, and asking a model needs neither
+    split: "train" (3,600 pictures), "validation" (400 held out of the shipped training set) or "test" (1,000)."""
+    import pyarrow.parquet as pq                                       # these two load slowly
     from datasets import Dataset
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split: got {split!r}, need 'train', 'validation' or 'test'")
@@ -63,7 +62,7 @@ QUESTION_TYPES = ("what color", "what shape", "yes/no color", "yes/no shape")
 
 
 def question_type(question, answer):
-    "Which of the four `QUESTION_TYPES` a question of easy-VQA is. Raises `ValueError` for an answer easy-VQA does not have."
+    "Which of the four `QUESTION_TYPES` a question is. Raises `ValueError` for an answer easy-VQA does not have."
     if answer in ("yes", "no"):
         about_color = not set(re.findall(r"\w+", question.lower())).isdisjoint(COLORS)
         return "yes/no color" if about_color else "yes/no shape"
@@ -77,7 +76,7 @@ ROW_TYPES = (*QUESTION_TYPES, "caption")
 
 
 def caption(questions, answers):
-    "What the turns of one picture say about it together, e.g. 'teal triangle'; None where they do not name both colour and shape."
+    "Colour and shape by the turns of one picture, e.g. 'teal triangle'; None where they do not give both."
     found = {}
     for question, answer in zip(questions, answers):
         words = re.findall(r"\w+", question.lower())
@@ -95,7 +94,7 @@ def row_type(question, answer):
 
 # %% ../../nbs/data/easy_vqa.ipynb #87386b8b
 def question_table(image_of, pictures):
-    "Rows of each picture: (pictures, most) with -1 where a picture has fewer. image_of (rows,): the picture of each row."
+    "Rows of each picture: (pictures, most), -1 where a picture has fewer. image_of (rows,): the picture of each row."
     order, counts = np.argsort(image_of, kind="stable"), np.bincount(image_of, minlength=pictures)
     first = np.cumsum(counts) - counts                                 # of each picture, in the sorted rows
     table = np.full((pictures, counts.max()), -1)
@@ -105,7 +104,7 @@ def question_table(image_of, pictures):
 
 @dataclass
 class VQASet:
-    "Pictures and their encoded turns in memory. One row a turn; `table[i]` lists the rows of picture i, -1 where it has fewer."
+    "Pictures and their encoded turns in memory. One row a turn; `table[i]` lists the rows of picture i, then -1."
     images: torch.Tensor     # (n, 3, size, size) uint8
     input_ids: torch.Tensor  # (rows, longest), padded on the right
     labels: torch.Tensor     # (rows, longest), -100 where nothing is learned
@@ -118,82 +117,33 @@ class VQASet:
 
     @classmethod
     def encode(cls, images, turns, type_of, tokenizer, size=64):
-        """images: PIL pictures; turns: for each a list of (question, answer), of which type_of(question, answer) says the number.
+        """images: PIL pictures; turns: a list of (question, answer) for each; type_of(question, answer): a type's number.
 
-        Every different turn is encoded and proved once, with the template "lite". Raises `ValueError` for turns that do not encode."""
+        Every different turn is encoded and proved once, in the template "lite", else `ValueError`."""
         codec, flat = Codec(tokenizer), list(chain.from_iterable(turns))
         number = {turn: i for i, turn in enumerate(dict.fromkeys(flat))}
-        rows = [row for turn in number for row in encode_conversation(Conversation(repr(turn[0]), [], [turn]), codec, "lite")]
+        rows = [encode_conversation(Conversation(repr(turn[0]), [], [turn]), codec, "lite")[0] for turn in number]
         which = np.array([number[turn] for turn in flat])
-        prompt = torch.tensor([row.labels.count(-100) for row in rows])[which]
-        ids, labels = pad_rows([row.input_ids for row in rows], codec.pad_id)[which], pad_rows([row.labels for row in rows], -100)[which]
-        types, image_of = np.array([type_of(*turn) for turn in number])[which], np.repeat(np.arange(len(turns)), [len(own) for own in turns])
-        questions, answers = map(list, zip(*flat))
-        return cls(process_images(images, size), ids, labels, prompt, types, question_table(image_of, len(turns)), questions, answers, image_of)
+        image_of = np.repeat(np.arange(len(turns)), [len(own) for own in turns])
+        return cls(images=process_images(images, size),
+                   input_ids=pad_rows([row.input_ids for row in rows], codec.pad_id)[which],
+                   labels=pad_rows([row.labels for row in rows], -100)[which],
+                   prompt=torch.tensor([row.labels.count(-100) for row in rows])[which],
+                   types=np.array([type_of(*turn) for turn in number])[which],
+                   table=question_table(image_of, len(turns)), image_of=image_of,
+                   questions=[question for question, _ in flat], answers=[answer for _, answer in flat])
 
 
 def build_set(data, tokenizer, size=64, captions=False):
-    """A `datasets.Dataset` with columns image, questions, answers -> `VQASet`; with `captions`, a turn with the `caption` of each
-    picture whose turns give one. Raises `ValueError` for no picture, for questions without answers, and for turns that do not encode."""
+    """A `datasets.Dataset` with columns image, questions, answers -> `VQASet`, with `captions` as further turns.
+
+    Raises `ValueError` for no picture, for questions without answers, and for turns that do not encode."""
     text = data.select_columns(["questions", "answers"])[:]
     turns = []
     for i, (questions, answers) in enumerate(zip(text["questions"], text["answers"])):
         if len(questions) != len(answers) or not questions:
-            raise ValueError(f"data: picture {i} has {len(questions)} questions and {len(answers)} answers, need one answer a question")
-        said = caption(questions, answers) if captions else None
-        turns.append([*zip(questions, answers), *([(CAPTION_QUESTION, said)] if said else [])])
-    if not turns:
-        raise ValueError("data: got no pictures, need at least one")
-    pictures = (image for part in data.select_columns("image").iter(100) for image in part["image"])
-    return VQASet.encode(pictures, turns, lambda *turn: ROW_TYPES.index(row_type(*turn)), tokenizer, size)
-
-# %% ../../nbs/data/easy_vqa.ipynb #3c845f49
-def question_table(image_of, pictures):
-    "Rows of each picture: (pictures, most) with -1 where a picture has fewer. image_of (rows,): the picture of each row."
-    order, counts = np.argsort(image_of, kind="stable"), np.bincount(image_of, minlength=pictures)
-    first = np.cumsum(counts) - counts                                 # of each picture, in the sorted rows
-    table = np.full((pictures, counts.max()), -1)
-    table[image_of[order], np.arange(len(order)) - np.repeat(first, counts)] = order
-    return table
-
-
-@dataclass
-class VQASet:
-    "Pictures and their encoded turns in memory. One row a turn; `table[i]` lists the rows of picture i, -1 where it has fewer."
-    images: torch.Tensor     # (n, 3, size, size) uint8
-    input_ids: torch.Tensor  # (rows, longest), padded on the right
-    labels: torch.Tensor     # (rows, longest), -100 where nothing is learned
-    prompt: torch.Tensor     # (rows,) tokens before the answer
-    types: np.ndarray        # (rows,) the type of each turn, a number
-    table: np.ndarray        # (n, most turns of one picture)
-    questions: list
-    answers: list
-    image_of: np.ndarray     # (rows,)
-
-    @classmethod
-    def encode(cls, images, turns, type_of, tokenizer, size=64):
-        """images: PIL pictures; turns: for each a list of (question, answer), of which type_of(question, answer) says the number.
-
-        Every different turn is encoded and proved once, with the template "lite". Raises `ValueError` for turns that do not encode."""
-        codec, flat = Codec(tokenizer), list(chain.from_iterable(turns))
-        number = {turn: i for i, turn in enumerate(dict.fromkeys(flat))}
-        rows = [row for turn in number for row in encode_conversation(Conversation(repr(turn[0]), [], [turn]), codec, "lite")]
-        which = np.array([number[turn] for turn in flat])
-        prompt = torch.tensor([row.labels.count(-100) for row in rows])[which]
-        ids, labels = pad_rows([row.input_ids for row in rows], codec.pad_id)[which], pad_rows([row.labels for row in rows], -100)[which]
-        types, image_of = np.array([type_of(*turn) for turn in number])[which], np.repeat(np.arange(len(turns)), [len(own) for own in turns])
-        questions, answers = map(list, zip(*flat))
-        return cls(process_images(images, size), ids, labels, prompt, types, question_table(image_of, len(turns)), questions, answers, image_of)
-
-
-def build_set(data, tokenizer, size=64, captions=False):
-    """A `datasets.Dataset` with columns image, questions, answers -> `VQASet`; with `captions`, a turn with the `caption` of each
-    picture whose turns give one. Raises `ValueError` for no picture, for questions without answers, and for turns that do not encode."""
-    text = data.select_columns(["questions", "answers"])[:]
-    turns = []
-    for i, (questions, answers) in enumerate(zip(text["questions"], text["answers"])):
-        if len(questions) != len(answers) or not questions:
-            raise ValueError(f"data: picture {i} has {len(questions)} questions and {len(answers)} answers, need one answer a question")
+            got = f"picture {i} has {len(questions)} questions and {len(answers)} answers"
+            raise ValueError(f"data: {got}, need one answer a question")
         said = caption(questions, answers) if captions else None
         turns.append([*zip(questions, answers), *([(CAPTION_QUESTION, said)] if said else [])])
     if not turns:
@@ -205,28 +155,30 @@ def build_set(data, tokenizer, size=64, captions=False):
 def draw_questions(table, types, weights, count, rng):
     """`count` different rows of each picture, a row as likely as its type's weight (Gumbel top-k) -> (pictures, count).
 
-    table (pictures, most): rows of each picture, -1 where it has fewer; types (rows,); one weight a type, 0: last of all. A picture with
-    fewer rows repeats the first; one with none, a count below 1 and impossible weights raise `ValueError`."""
+    table (pictures, most): rows of each picture, then -1; types (rows,); one weight a type, 0: last of all. A picture
+    with fewer rows repeats the first; one with none, a count below 1 and impossible weights raise `ValueError`."""
     weights = np.asarray(weights, dtype=float)
-    if weights.ndim != 1 or not np.isfinite(weights).all() or weights.min() < 0 or not weights.any() or types.max() >= len(weights):
+    possible = weights.ndim == 1 and np.isfinite(weights).all() and weights.min() >= 0 and weights.any()
+    if not possible or types.max() >= len(weights):
         raise ValueError(f"weights: got {weights.tolist()}, need a number for each type, none negative and not all 0")
     if count < 1 or (table.max(1) < 0).any():
-        raise ValueError(f"count, table: got {count} and pictures {np.flatnonzero(table.max(1) < 0).tolist()} without rows")
-    log_weights = np.log(weights, out=np.full(weights.shape, -1e6), where=weights > 0)     # below every real key, above -inf
+        empty = np.flatnonzero(table.max(1) < 0).tolist()
+        raise ValueError(f"count, table: got {count} and pictures {empty} without rows")
+    log_weights = np.log(weights, out=np.full(weights.shape, -1e6), where=weights > 0)     # for 0: below every real key
     keys = np.where(table >= 0, log_weights[types[table]] + rng.gumbel(size=table.shape), -np.inf)
     rows = np.take_along_axis(table, np.argsort(-keys, 1)[:, :count], 1)
     rows = np.pad(rows, ((0, 0), (0, count - rows.shape[1])), constant_values=-1)
     return np.where(rows >= 0, rows, rows[:, :1])
 
 # %% ../../nbs/data/easy_vqa.ipynb #28a9dce8
-PHASES = ((0.0, (3, 6, 0.02, 0.02, 100)), (0.2, (1, 1, 1, 3, 100)))       # from this share of the steps on: weights of ROW_TYPES
+PHASES = ((0.0, (3, 6, 0.02, 0.02, 100)), (0.2, (1, 1, 1, 3, 100)))       # share of the steps: weights from there on
 
 
 @dataclass
 class VQABatches:
-    """`batches[step]`: the `Batch` of `batch_size` pictures of a `VQASet` and of `questions` turns of each, a pure function of seed and step.
+    """`batches[step]`: the `Batch` of some pictures of a `VQASet` and some turns of each, by seed and step alone.
 
-    Every pass over the pictures is a new permutation; turns are drawn by the weights of their types (`draw_questions`)."""
+    Every pass over the pictures is a new permutation; turns are drawn by the weights of their types."""
     data: VQASet
     steps: int = 1000            # of the whole run, whose phases these are
     batch_size: int = 32         # pictures
@@ -250,18 +202,21 @@ class VQABatches:
         if len(pictures) % self.parts:
             raise ValueError(f"batch_size: got {len(pictures)} pictures, need a multiple of {self.parts} parts")
         weights = [weights for start, weights in self.phases if step / self.steps >= start][-1]
-        rows = draw_questions(data.table[pictures], data.types, weights, self.questions, rng)          # (pictures, questions)
-        images = data.images[pictures] if self.shift is None else augment(data.images[pictures], rng, self.shift)
-        own = slice(part * len(pictures) // self.parts, (part + 1) * len(pictures) // self.parts)
+        rows = draw_questions(data.table[pictures], data.types, weights, self.questions, rng)   # (pictures, questions)
+        images = data.images[pictures]
+        if self.shift is not None:
+            images = augment(images, rng, self.shift)
+        size = len(pictures) // self.parts
+        own = slice(part * size, (part + 1) * size)
         rows = rows[own].reshape(-1)
         labels, prompt = data.labels[rows], data.prompt[rows]
         mask = (torch.arange(labels.shape[1]) < prompt[:, None]) | (labels != -100)
-        longest = int(mask.sum(1).max())                                                               # no padding that no row needs
+        longest = int(mask.sum(1).max())                                                        # no padding behind it
         return Batch.from_rows(images[own], data.input_ids[rows, :longest], labels[:, :longest], mask[:, :longest])
 
 
-def easy_vqa_batches(tokenizer, split="train", batch_size=32, steps=1000, seed=0, questions=5, phases=PHASES, shift=2, captions=True,
-                     augmented=True):
-    "The `VQABatches` of a split of easy-VQA, by default those of the course's recipe. augmented: pictures are mirrored and moved by up to `shift`."
+def easy_vqa_batches(tokenizer, split="train", batch_size=32, steps=1000, seed=0, questions=5, phases=PHASES, shift=2,
+                     captions=True, augmented=True):
+    "The `VQABatches` of a split of easy-VQA, by default those of the recipe. augmented: pictures mirrored and moved."
     data = build_set(load_easy_vqa(split), tokenizer, captions=captions)
     return VQABatches(data, steps, batch_size, seed, questions, phases, shift if augmented else None)

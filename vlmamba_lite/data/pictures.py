@@ -25,9 +25,9 @@ def read_picture(file, name):
         with Image.open(file) as image:
             if image.width * image.height > LARGEST_PICTURE:
                 raise ValueError(f"got {image.width}x{image.height} pixels, need at most {LARGEST_PICTURE:,}")
-            if getattr(image, "is_animated", False) and image.format != "MPO":       # MPO: a phone's photo with a preview
+            if getattr(image, "is_animated", False) and image.format != "MPO":     # MPO: a phone's photo with a preview
                 raise ValueError(f"got {image.n_frames} frames, need a single picture")
-            return ImageOps.exif_transpose(image)                      # reads all of it: a broken file fails here, not later
+            return ImageOps.exif_transpose(image)                 # reads all of it: a broken file fails here, not later
     except UnidentifiedImageError:
         raise ValueError(f"image: {name} is not a picture") from None
     except Exception as error:                                         # broken files raise many kinds
@@ -35,7 +35,7 @@ def read_picture(file, name):
 
 
 def open_image(path):
-    "The picture in a file, upright. Raises `FileNotFoundError` or `ValueError` with one line that names the file and the reason."
+    "The picture in a file, upright. Raises `FileNotFoundError` or `ValueError`, naming the file and the reason."
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"image: no file {path}")
@@ -45,7 +45,7 @@ def open_image(path):
 
 # %% ../../nbs/data/pictures.ipynb #9510d97f
 def to_rgb(image):
-    "A PIL picture of any mode -> RGB: transparent parts become white, of 16 bits the upper 8 are kept. ValueError for wider levels."
+    "A PIL picture of any mode -> RGB: transparent is white, of 16 bits the upper 8 stay. `ValueError` for wider."
     if image.mode.startswith(("I", "F")):
         levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > (255 if image.mode == "F" else 65_535):
@@ -59,15 +59,18 @@ def to_rgb(image):
 
 
 def process_images(images, size):
-    "PIL pictures of any mode and size -> uint8 tensor (n, 3, size, size). Raises `ValueError` for what is not a picture."
+    "PIL pictures of any mode and size -> uint8 tensor (n, 3, size, size). Raises `ValueError` for anything else."
     pixels = []
     for image in [images] if isinstance(images, Image.Image) else images:
         if not isinstance(image, Image.Image):
-            raise ValueError(f"images: got {type(image).__name__}, need PIL pictures; `open_image` reads one from a file")
+            got = type(image).__name__
+            raise ValueError(f"images: got {got}, need PIL pictures; `open_image` reads one from a file")
         if 0 in image.size:
             raise ValueError(f"images: got a picture of {image.width}x{image.height} pixels, need at least 1x1")
         image = to_rgb(image)
-        pixels.append(np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)))
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+        pixels.append(np.asarray(image))
     if not pixels:
         raise ValueError("images: got none, need at least one picture")
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
@@ -79,9 +82,10 @@ def normalize(images):
 
 # %% ../../nbs/data/pictures.ipynb #4c853e71
 def augment(images, rng, shift=2):
-    "images (n, c, h, w) -> alike: half of them mirrored, each moved by up to `shift` pixels, its border repeated. Raises `ValueError`."
+    "images (n, c, h, w) -> alike: half of them mirrored, each moved by up to `shift` pixels, its border repeated."
     if images.ndim != 4 or shift < 0:
-        raise ValueError(f"images, shift: got shape {tuple(images.shape)} and {shift}, need (n, c, h, w) and at least 0")
+        got = f"shape {tuple(images.shape)} and {shift}"
+        raise ValueError(f"images, shift: got {got}, need (n, c, h, w) and at least 0")
     n, c, h, w = images.shape
     x, y = (rng.integers(-shift, shift + 1, n)[:, None] for _ in range(2))
     mirrored = rng.random(n)[:, None] < 0.5
@@ -91,18 +95,21 @@ def augment(images, rng, shift=2):
     return images.flatten(2).gather(2, source.expand(n, c, h * w)).view(n, c, h, w)
 
 # %% ../../nbs/data/pictures.ipynb #7bebae40
-SIDE_WORDS = frozenset("""left right leftmost rightmost east west eastern western clockwise counterclockwise anticlockwise mirror mirrored
-    read reads reading text word words letter letters written writing sign signs number numbers spell spelled says digit digits clock time""".split())
-COLOR_WORDS = frozenset("""color colors colour colours colored coloured colorful colourful black white gray grey red green blue yellow orange
-    brown purple pink violet teal cyan magenta turquoise beige tan gold golden silver maroon navy olive crimson dark darker darkest light
-    lighter lightest bright brighter brightest pale blond blonde hue shade tint""".split())
+SIDE_WORDS = frozenset("""left right leftmost rightmost east west eastern western clockwise counterclockwise
+    anticlockwise mirror mirrored read reads reading text word words letter letters written writing sign signs number
+    numbers spell spelled says digit digits clock time""".split())
+COLOR_WORDS = frozenset("""color colors colour colours colored coloured colorful colourful black white gray grey red
+    green blue yellow orange brown purple pink violet teal cyan magenta turquoise beige tan gold golden silver maroon
+    navy olive crimson dark darker darkest light lighter lightest bright brighter brightest pale blond blonde hue shade
+    tint""".split())
 
 
 def allowed_changes(turns):
     "What may be done to the pictures of a conversation: a set out of 'mirror' and 'color', by the words of its turns."
     text = " ".join(chain.from_iterable(turns)).lower()
     words, allowed = set(re.findall(r"[a-z]+", text)), set()
-    if not words & SIDE_WORDS and not re.search(r"[\[(]\s*-?\d*\.?\d+\s*,", text):        # (0.2, 0.7: a place in the picture
+    place = re.search(r"[\[(]\s*-?\d*\.?\d+\s*,", text)                 # as in (0.2, 0.7
+    if not place and not words & SIDE_WORDS:
         allowed.add("mirror")
     if not words & COLOR_WORDS:
         allowed.add("color")
@@ -110,7 +117,7 @@ def allowed_changes(turns):
 
 
 def augment_pictures(images, turns, rng, shift=2, strength=0.3):
-    "Pictures of one sample (n, 3, h, w) uint8, changed as far as its turns allow: mirrored, recoloured, moved by up to `shift` pixels."
+    "Pictures of one sample (n, 3, h, w) uint8, moved, and as far as its turns allow mirrored and recoloured."
     allowed = allowed_changes(turns)
     if "mirror" in allowed and rng.random() < 0.5:
         images = images.flip(-1)

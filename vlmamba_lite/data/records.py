@@ -20,9 +20,10 @@ from .conversations import Conversation, SampleError, check_conversation, sample
 
 # %% ../../nbs/data/records.ipynb #d6f2b432
 def safe_path(root, name, sample, absolute=False):
-    "The file `name` under `root`, links resolved. SampleError for a path that leaves the root, is absolute (unless that is allowed), or has no root."
+    "The file `name` under `root`, links resolved. `SampleError` for a path out of the root, and one that is absolute."
     if root is None:
-        raise sample_error(sample, "image", f"image: got the path {name!r} and no root folder; need one under which pictures lie")
+        text = f"image: got the path {name!r} and no root folder; need one under which pictures lie"
+        raise sample_error(sample, "image", text)
     parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
     anchored = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
     if (anchored and not absolute) or ".." in parts or "\0" in name or not parts:
@@ -38,14 +39,15 @@ def safe_path(root, name, sample, absolute=False):
 
 
 def picture_list(value, sample, root):
-    "The pictures of a record, unopened: None -> [], one or a list of paths, PIL pictures or {'bytes', 'path'}. Else a `SampleError`."
+    "The pictures of a record, unopened: none, one or a list of paths, PIL pictures or {'bytes', 'path'}."
     images = []
     for image in [] if value is None else value if isinstance(value, list | tuple) else [value]:
         stored = isinstance(image, dict)
         if stored:
             image = image if image.get("bytes") else image.get("path")
         if not isinstance(image, str | Path | dict | Image.Image):
-            raise sample_error(sample, "image", f"image: got {type(image).__name__}, need a path, a PIL picture, or bytes")
+            got = type(image).__name__
+            raise sample_error(sample, "image", f"image: got {got}, need a path, a PIL picture, or bytes")
         images.append(safe_path(root, str(image), sample, stored) if isinstance(image, str | Path) else image)
     return images
 
@@ -55,7 +57,7 @@ MARK = "<image>"
 
 
 def pair_messages(messages, sample):
-    "The turns in a list of {'from', 'value'}, {'role', 'content'} or {'user', 'assistant'}, user first. Raises a `SampleError` for others."
+    "The turns in a list of {'from', 'value'}, {'role', 'content'} or {'user', 'assistant'}. `SampleError` for others."
     texts = []
     for m in messages if isinstance(messages, list) else [messages]:
         if not isinstance(m, dict):
@@ -63,7 +65,8 @@ def pair_messages(messages, sample):
         pair = [("user", m["user"]), ("assistant", m.get("assistant"))] if "user" in m else None
         for role, text in pair or [(m.get("from", m.get("role")), m.get("value", m.get("content")))]:
             if (ROLES.get(role) if isinstance(role, str) else None) != ("user", "assistant")[len(texts) % 2]:
-                raise sample_error(sample, "turns", f"message {len(texts) + 1} is of role {str(role)[:40]!r}, need user and assistant in turns")
+                text = f"message {len(texts) + 1} is of role {str(role)[:40]!r}, need user and assistant in turns"
+                raise sample_error(sample, "turns", text)
             texts.append(text)
     if len(texts) % 2 or not texts:
         raise sample_error(sample, "turns", f"got {len(texts)} messages, need an answer after every question")
@@ -73,7 +76,8 @@ def pair_messages(messages, sample):
 def read_record(record, columns, sample, root=None):
     "A record (a dict) -> `Conversation`, checked but for the content of its pictures. Raises a `SampleError`."
     if not isinstance(record, dict):
-        raise sample_error(sample, "record", f"got {type(record).__name__}, need an object with {sorted(columns.values())}")
+        text = f"got {type(record).__name__}, need an object with {sorted(columns.values())}"
+        raise sample_error(sample, "record", text)
     images = picture_list(record.get(columns.get("images")), sample, root)
     if "turns" in columns:
         turns = pair_messages(record.get(columns["turns"]), sample)
@@ -81,26 +85,29 @@ def read_record(record, columns, sample, root=None):
         both = [record.get(columns[key]) for key in ("questions", "answers")]
         questions, answers = (value if isinstance(value, list) else [value] for value in both)
         if len(questions) != len(answers):
-            raise sample_error(sample, "turns", f"got {len(questions)} questions and {len(answers)} answers, need one answer a question")
+            text = f"got {len(questions)} questions and {len(answers)} answers, need one answer a question"
+            raise sample_error(sample, "turns", text)
         turns = list(zip(questions, answers))
     marks = sum(question.count(MARK) for question, _ in turns if isinstance(question, str))
     if marks not in (0, len(images)):
-        raise sample_error(sample, "image", f"got {marks} marks {MARK} and {len(images)} pictures, need one mark for each or none")
-    if marks:
-        turns = [(q.replace(MARK, " ").strip() if isinstance(q, str) and MARK in q else q, answer) for q, answer in turns]
+        text = f"got {marks} marks {MARK} and {len(images)} pictures, need one mark for each or none"
+        raise sample_error(sample, "image", text)
+    turns = [(q.replace(MARK, " ").strip() if isinstance(q, str) and MARK in q else q, answer) for q, answer in turns]
     return check_conversation(Conversation(sample, images, turns))
 
 # %% ../../nbs/data/records.ipynb #914c25a3
 USUAL = {"images": ("images", "image"), "turns": ("conversations", "texts", "messages"),
-         "questions": ("questions", "question", "query"), "answers": ("answers", "answer", "label"), "name": ("id", "image_id", "name")}
+         "questions": ("questions", "question", "query"), "answers": ("answers", "answer", "label"),
+         "name": ("id", "image_id", "name")}
 
 
 def guess_columns(names):
-    "A column map {'images', 'turns' or 'questions' and 'answers', 'name'} from the usual names. ValueError where there are none."
+    "A column map {'images', 'turns' or 'questions' and 'answers', 'name'} from the usual names, else `ValueError`."
     found = {key: next((n for n in options if n in names), None) for key, options in USUAL.items()}
     found = {key: name for key, name in found.items() if name is not None}
     if "turns" not in found and not {"questions", "answers"} <= set(found):
-        raise ValueError(f"columns: got {sorted(names)}, need a map of 'images' and 'turns', or of 'questions' and 'answers', to names")
+        need = "a map of 'images' and 'turns', or of 'questions' and 'answers', to names"
+        raise ValueError(f"columns: got {sorted(names)}, need {need}")
     return found
 
 # %% ../../nbs/data/records.ipynb #752bdecd
@@ -134,7 +141,8 @@ class ConversationSet:
             raise record
         own = record.get(self.columns.get("name")) if isinstance(record, dict) else None
         if own is not None:
-            sample += f" (id {''.join(c if c.isprintable() else '?' for c in str(own)[:40])})"       # it may hold anything
+            printable = "".join(c if c.isprintable() else "?" for c in str(own)[:40])          # it may hold anything
+            sample += f" (id {printable})"
         if i in self.repeated:
             raise sample_error(sample, "duplicate", "its id has come before")
         return read_record(record, self.columns, sample, self.root)
@@ -151,7 +159,7 @@ def parse_json(content, name):
 
 
 def llava_set(path, root=None, unique=True):
-    """A file of LLaVA's records (.json, or .jsonl with one a line) -> `ConversationSet`. root: the folder of its pictures.
+    """LLaVA's records in a .json, or a .jsonl with one a line -> `ConversationSet`. root: the folder of their pictures.
 
     unique: records whose id came before are errors. Raises a `ValueError` for a file that holds something else."""
     path, columns = Path(path), {"images": "image", "turns": "conversations", "name": "id"}
@@ -165,7 +173,8 @@ def llava_set(path, root=None, unique=True):
     else:
         records = parse_json(path.read_bytes(), path.name)
     if not isinstance(records, list) or not records:
-        raise ValueError(f"{path.name}: got {'an empty list' if records == [] else type(records).__name__}, need a list of records")
+        got = "an empty list" if records == [] else type(records).__name__
+        raise ValueError(f"{path.name}: got {got}, need a list of records")
     seen, repeated = set(), set()
     for i, record in enumerate(records if unique else []):
         own = record.get("id") if isinstance(record, dict) else None
@@ -191,21 +200,25 @@ def hub_set(data, columns=None, label="data", root=None, decode=False):
     """A `datasets.Dataset` -> `ConversationSet`. columns: a map as of `guess_columns`, which is asked without one.
 
     decode: let `datasets` open pictures, from wherever its rows say; for archives whose source you trust."""
-    return ConversationSet(data if decode else undecoded(data), columns or guess_columns(data.column_names), label, root)
+    columns = columns or guess_columns(data.column_names)
+    return ConversationSet(data if decode else undecoded(data), columns, label, root)
 
 # %% ../../nbs/data/records.ipynb #9c78c476
 def picture_keys(conversation):
-    "A key for each picture, equal for equal pictures: its path, or a hash of its content. The sample's name where it has none."
+    "A key for each picture: its path, or a hash of its content. The sample's name where it has no picture."
     def key(image):
         if isinstance(image, Path):
             return str(image)
-        content = image["bytes"] if isinstance(image, dict) else image.mode.encode() + str(image.size).encode() + image.tobytes()
-        return hashlib.sha256(content).hexdigest()
+        if isinstance(image, dict):
+            return hashlib.sha256(image["bytes"]).hexdigest()
+        return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
     return [key(image) for image in conversation.images] or [conversation.name]
 
 
 def split_by_image(data, share=0.1, seed=0, on_error="raise", tally=None):
-    "Positions for (training, validation), about `share` of the groups there, none on both sides. `ValueError` for another share; errors as on_error says."
+    """Positions for (training, validation): about `share` of the groups of pictures in validation, none on both sides.
+
+    on_error: as of `attempt`. Raises `ValueError` for a share that is not between 0 and 1."""
     if not 0 < share < 1:
         raise ValueError(f"share: got {share}, need a number between 0 and 1")
     leader, own, tally = {}, {}, Tally() if tally is None else tally

@@ -47,8 +47,10 @@ def draw_scene(scene):
     return page
 
 # %% ../../nbs/data/sort_of_clevr.ipynb #fe089263
-NON_RELATIONAL = {"shape": "what shape is the {} object?", "left": "is the {} object on the left?", "top": "is the {} object at the top?"}
-RELATIONAL = {"closest": "what shape is the object closest to the {} one?", "furthest": "what shape is the object furthest from the {} one?",
+NON_RELATIONAL = {"shape": "what shape is the {} object?", "left": "is the {} object on the left?",
+                  "top": "is the {} object at the top?"}
+RELATIONAL = {"closest": "what shape is the object closest to the {} one?",
+              "furthest": "what shape is the object furthest from the {} one?",
               "count": "how many objects have the shape of the {} one?"}
 
 
@@ -71,7 +73,8 @@ def scene_questions(scene, rng, count=10):
     "(questions, answers) of a scene: `count` different non-relational ones, then as many relational ones."
     turns = []
     for kinds in (NON_RELATIONAL, RELATIONAL):
-        every = [(text.format(color), scene_answer(scene, kind, i)) for kind, text in kinds.items() for i, color in enumerate(CLEVR_COLORS)]
+        every = [(text.format(color), scene_answer(scene, kind, i))
+                 for kind, text in kinds.items() for i, color in enumerate(CLEVR_COLORS)]
         turns += [every[i] for i in rng.permutation(len(every)) if every[i][1] is not None][:count]
     return [q for q, _ in turns], [a for _, a in turns]
 
@@ -93,6 +96,6 @@ class SortOfClevr:
 
 
 def sort_of_clevr(count=10_000, seed=0):
-    "Sort-of-CLEVR as words, a `ConversationSet` of `count` pictures with 10 non-relational and 10 relational questions each."
+    "Sort-of-CLEVR as a `ConversationSet` of `count` pictures with 10 non-relational and 10 relational questions each."
     columns = {"images": "image", "questions": "questions", "answers": "answers"}
     return ConversationSet(SortOfClevr(count, seed), columns, f"Sort-of-CLEVR seed {seed}")
