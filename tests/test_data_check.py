@@ -4,7 +4,9 @@ import json
 import pytest
 from PIL import Image
 
-from vlmamba_lite import data as D
+from vlmamba_lite.data.checks import check_data, open_data, open_tokenizer, report_table
+from vlmamba_lite.data.conversations import Codec, build_tokenizer, byte_tokenizer
+from vlmamba_lite.data.records import ConversationSet
 
 HUMAN = {"from": "human", "value": "what is it?"}
 
@@ -24,7 +26,7 @@ def folder(tmp_path):
 
 
 def test_everything_is_counted(folder):
-    report = D.check_data(D.open_data(folder / "chat.json"))
+    report = check_data(open_data(folder / "chat.json"))
     want = {"samples": 11, "usable": 3, "turns": 5, "images": 5, "text_only": 1, "cut_tokens": 0, "broken_images": 3, "empty_answers": 1, "mask_failures": 0,
             "repeated_ids": 1, "faults": {"duplicate": 1, "empty": 1, "image": 3, "record": 1, "text": 1, "turns": 1}}
     assert {name: report[name] for name in want} == want and len(report["messages"]) == 8
@@ -36,8 +38,8 @@ def test_everything_is_counted(folder):
 
 
 def test_the_table_says_the_same(folder):
-    report = D.check_data(D.open_data(folder / "chat.json"))
-    table = D.report_table(report)
+    report = check_data(open_data(folder / "chat.json"))
+    table = report_table(report)
     rows = dict(line.rsplit("  ", 1) for line in table.splitlines() if not line.startswith("- "))
     rows = {name.strip(): value.strip() for name, value in rows.items()}
     assert rows["samples"] == "11" and rows["broken images"] == "3" and rows["faults of kind image"] == "3" and rows["long: 1 of chat.json (id 1)"].endswith("tokens")
@@ -45,23 +47,23 @@ def test_the_table_says_the_same(folder):
 
 
 def test_masks_lengths_and_cuts_depend_on_the_tokenizer(folder):
-    data = D.open_data(folder / "chat.json")
-    words = D.build_tokenizer(["what is it?", "a"])
-    report = D.check_data(data, words, "lite")
+    data = open_data(folder / "chat.json")
+    words = build_tokenizer(["what is it?", "a"])
+    report = check_data(data, words, "lite")
     assert report["mask_failures"] == 5 and report["usable"] == 0 and "no tokens for all of" in report["messages"][0]
-    cut = D.check_data(data, max_length=50)
-    whole = D.check_data(data)
+    cut = check_data(data, max_length=50)
+    whole = check_data(data)
     assert cut["cut_tokens"] > 0 and cut["cut_tokens"] + cut["learned_tokens"] == whole["learned_tokens"] and cut["tokens"]["most"] == 50
-    assert D.check_data(data, limit=2)["samples"] == 2 and D.check_data(data, limit=99)["samples"] == 11
+    assert check_data(data, limit=2)["samples"] == 2 and check_data(data, limit=99)["samples"] == 11
     with pytest.raises(ValueError, match="template: got 'x'"):
-        D.check_data(data, template="x")
+        check_data(data, template="x")
 
 
 def test_an_empty_set_and_one_of_faults_only():
-    report = D.check_data(D.ConversationSet([], {}))
-    assert report["samples"] == report["usable"] == 0 and report["longest"] == [] and "samples" in D.report_table(report)
-    report = D.check_data(D.ConversationSet([1, 2], {}))
-    assert report["faults"] == {"record": 2} and report["tokens"]["most"] == 0 and D.report_table(report)
+    report = check_data(ConversationSet([], {}))
+    assert report["samples"] == report["usable"] == 0 and report["longest"] == [] and "samples" in report_table(report)
+    report = check_data(ConversationSet([1, 2], {}))
+    assert report["faults"] == {"record": 2} and report["tokens"]["most"] == 0 and report_table(report)
 
 
 def test_paths_of_every_kind(folder):
@@ -74,40 +76,40 @@ def test_paths_of_every_kind(folder):
     rows.save_to_disk(folder / "disk")
     (folder / "lines.jsonl").write_text("\n".join(json.dumps(record(i)) for i in range(4)))
     for name, count in (("x.parquet", 3), ("many", 6), ("disk", 3), ("lines.jsonl", 4)):
-        data = D.open_data(folder / name)
-        assert len(data) == count and D.check_data(data)["usable"] == count, name
-    assert len(D.open_data("easy-vqa")) == 3_600 and len(D.open_data("sort-of-clevr")) == 10_000
+        data = open_data(folder / name)
+        assert len(data) == count and check_data(data)["usable"] == count, name
+    assert len(open_data("easy-vqa")) == 3_600 and len(open_data("sort-of-clevr")) == 10_000
     with pytest.raises(FileNotFoundError, match="data: no file or folder no, and none of easy-vqa, sort-of-clevr"):
-        D.open_data("no")
+        open_data("no")
     (folder / "empty").mkdir()
     for bad in ("a.png", "empty"):
         with pytest.raises(ValueError, match="data: got .*, need .json, .jsonl, .parquet"):
-            D.open_data(folder / bad)
+            open_data(folder / bad)
     (folder / "bad.parquet").write_bytes(b"no")
     with pytest.raises(ValueError):
-        D.open_data(folder / "bad.parquet")
+        open_data(folder / "bad.parquet")
 
 
 def test_the_root_can_be_another_folder(folder):
     (folder / "elsewhere").mkdir()
     (folder / "elsewhere" / "chat.json").write_text(json.dumps([record(0)]))
-    assert D.check_data(D.open_data(folder / "elsewhere" / "chat.json"))["broken_images"] == 1
-    assert D.check_data(D.open_data(folder / "elsewhere" / "chat.json", root=folder))["usable"] == 1
+    assert check_data(open_data(folder / "elsewhere" / "chat.json"))["broken_images"] == 1
+    assert check_data(open_data(folder / "elsewhere" / "chat.json", root=folder))["usable"] == 1
 
 
 def test_tokenizers_from_files(tmp_path):
     from transformers import PreTrainedTokenizerFast
-    raw = D.byte_tokenizer(["what is it?"], 300)
+    raw = byte_tokenizer(["what is it?"], 300)
     raw.save(str(tmp_path / "tokenizer.json"))
     PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>").save_pretrained(tmp_path / "neox")
-    want = D.Codec(raw).words("what is it?", "7")
+    want = Codec(raw).words("what is it?", "7")
     for path in (tmp_path, tmp_path / "tokenizer.json", tmp_path / "neox"):
-        assert D.Codec(D.open_tokenizer(path)).words("what is it?", "7") == want
+        assert Codec(open_tokenizer(path)).words("what is it?", "7") == want
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer: .*bad.json cannot be read"):
-        D.open_tokenizer(tmp_path / "bad.json")
+        open_tokenizer(tmp_path / "bad.json")
     with pytest.raises(FileNotFoundError, match="tokenizer: no file"):
-        D.open_tokenizer(tmp_path / "none")
+        open_tokenizer(tmp_path / "none")
 
 
 # ---- the command ----
@@ -121,7 +123,7 @@ def vlmamba(*arguments):
 
 def test_the_command_prints_a_table_and_fails_where_the_data_does(folder):
     said = vlmamba("data", "check", folder / "chat.json")
-    assert said.exit_code == 1 and said.stdout == D.report_table(D.check_data(D.open_data(folder / "chat.json"))) + "\n"
+    assert said.exit_code == 1 and said.stdout == report_table(check_data(open_data(folder / "chat.json"))) + "\n"
     (folder / "good.json").write_text(json.dumps([record(i) for i in range(3)]))
     said = vlmamba("data", "check", folder / "good.json")
     assert said.exit_code == 0 and "usable" in said.stdout
@@ -130,8 +132,8 @@ def test_the_command_prints_a_table_and_fails_where_the_data_does(folder):
 def test_the_command_prints_json(folder):
     said = vlmamba("data", "check", folder / "chat.json", "--json", "--template", "llava", "--max-length", 150, "--limit", 6, "--root", folder)
     assert said.exit_code == 1 and said.stdout.count("\n") == 1
-    assert json.loads(said.stdout) == D.check_data(D.open_data(folder / "chat.json"), template="llava", max_length=150, limit=6)
-    D.build_tokenizer(["what is it?", "a circle"]).save(str(folder / "tokenizer.json"))
+    assert json.loads(said.stdout) == check_data(open_data(folder / "chat.json"), template="llava", max_length=150, limit=6)
+    build_tokenizer(["what is it?", "a circle"]).save(str(folder / "tokenizer.json"))
     said = vlmamba("data", "check", folder / "chat.json", "--json", "--tokenizer", folder, "--template", "lite", "--limit", 1)
     assert said.exit_code == 0 and json.loads(said.stdout)["tokens"]["most"] == 7
 

@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlmamba_lite import data as D
+from vlmamba_lite.data.conversations import (LONGEST_TEXT, SYSTEM, TEMPLATES, Codec, Conversation, SampleError,
+                                             Template, build_tokenizer, byte_tokenizer, check_mask,
+                                             encode_conversation, encode_prompt, label_runs, prompt_ids,
+                                             sample_error, show_row)
 
 FEW = {"deadline": None, "max_examples": 60, "derandomize": True}
 PICTURE = Image.new("RGB", (8, 8), "teal")
@@ -17,8 +20,8 @@ WORDS = ["what", "color", "is", "the", "shape?", "A", "circle.", "teal,", "It's"
 
 
 def chat_tokenizer():
-    texts = ["what color is the shape? It's a teal circle, don't you think?", D.SYSTEM, "<|user|>\n<|assistant|>\nUSER: ASSISTANT:"] * 3
-    return D.byte_tokenizer(texts, 420)
+    texts = ["what color is the shape? It's a teal circle, don't you think?", SYSTEM, "<|user|>\n<|assistant|>\nUSER: ASSISTANT:"] * 3
+    return byte_tokenizer(texts, 420)
 
 
 def fast(tokenizer):
@@ -46,7 +49,7 @@ def written(template, turns):
         if template == "zephyr":
             parts += [("\n" * (i > 0) + f"<|user|>\n{q}{end}\n<|assistant|>\n", False), (a + end, True)]
         elif template == "llava":
-            parts += [(D.SYSTEM * (i == 0) + f" USER: {q} ASSISTANT:", False), (f" {a}{end}", True)]
+            parts += [(SYSTEM * (i == 0) + f" USER: {q} ASSISTANT:", False), (f" {a}{end}", True)]
         elif template == "plain":
             parts += [("\n", False), (f"{a}\n", True)]
         else:
@@ -74,7 +77,7 @@ def random_text(rng):
 
 def random_conversation(rng, i):
     turns = [(random_text(rng), random_text(rng)) for _ in range(rng.randint(1, 4))]
-    return D.Conversation(str(i), [PICTURE] * rng.randint(0, 3), turns)
+    return Conversation(str(i), [PICTURE] * rng.randint(0, 3), turns)
 
 
 def test_ten_thousand_random_conversations(raw):
@@ -82,8 +85,8 @@ def test_ten_thousand_random_conversations(raw):
     for i in range(10_000):
         conversation, template = random_conversation(rng, i), rng.choice(["zephyr", "llava", "lite", "plain"])
         if template == "plain":
-            conversation = D.Conversation(conversation.name, [PICTURE], conversation.turns[:1])
-        rows = D.encode_conversation(conversation, raw, template)
+            conversation = Conversation(conversation.name, [PICTURE], conversation.turns[:1])
+        rows = encode_conversation(conversation, raw, template)
         groups = [[turn] for turn in conversation.turns] if template == "lite" else [conversation.turns]
         assert len(rows) == len(groups)
         for row, turns in zip(rows, groups):
@@ -96,20 +99,20 @@ def test_a_transformers_tokenizer_gives_the_same_rows(raw, neox):
     for i in range(500):
         conversation = random_conversation(rng, i)
         for template in ("zephyr", "llava", "lite"):
-            assert D.encode_conversation(conversation, neox, template) == D.encode_conversation(conversation, raw, template)
+            assert encode_conversation(conversation, neox, template) == encode_conversation(conversation, raw, template)
 
 
 @settings(**FEW)
 @given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1)), min_size=1, max_size=4), st.sampled_from(["zephyr", "llava"]))
 def test_any_unicode_or_a_named_error(neox, turns, template):
-    conversation = D.Conversation("seven", [], turns)
+    conversation = Conversation("seven", [], turns)
     good = all(text.strip() and text.encode("utf-8", "replace").decode() == text for turn in turns for text in turn)
     if good:
-        row, = D.encode_conversation(conversation, neox, template)
+        row, = encode_conversation(conversation, neox, template)
         assert learned_parts(neox, row) == written(template, turns)
     else:
-        with pytest.raises(D.SampleError, match="^sample seven: ") as error:
-            D.encode_conversation(conversation, neox, template)
+        with pytest.raises(SampleError, match="^sample seven: ") as error:
+            encode_conversation(conversation, neox, template)
         assert error.value.sample == "seven" and error.value.kind in ("empty", "text")
 
 
@@ -122,7 +125,7 @@ READ_BACK = {"zephyr": r"<\|user\|>\n(.*?)<\|endoftext\|>\n<\|assistant\|>\n(.*?
                 min_size=1, max_size=4), st.sampled_from(list(READ_BACK)))
 def test_templates_make_the_round_trip(raw, turns, template):
     turns = turns[:1] if template == "plain" else turns
-    rows = D.encode_conversation(D.Conversation("1", [PICTURE], turns), raw, template)
+    rows = encode_conversation(Conversation("1", [PICTURE], turns), raw, template)
     text = "".join(raw.decode(row.input_ids, skip_special_tokens=False) for row in rows)
     assert re.findall(READ_BACK[template], text, re.S) == [("" if template == "plain" else q, a) for q, a in turns]
 
@@ -133,90 +136,92 @@ def test_a_prompt_is_the_beginning_of_a_training_row(raw, neox, template):
     for i in range(50):
         turns = random_conversation(rng, i).turns[:1 if template == "plain" else None]
         for tokenizer in (raw, neox):
-            row = D.encode_conversation(D.Conversation("1", [PICTURE], turns), tokenizer, template)[-1]
-            prompt = D.prompt_ids(tokenizer, turns[-1][0], turns[:-1], template)
+            row = encode_conversation(Conversation("1", [PICTURE], turns), tokenizer, template)[-1]
+            prompt = prompt_ids(tokenizer, turns[-1][0], turns[:-1], template)
             assert row.input_ids[:len(prompt)] == prompt and row.labels[len(prompt) - 1] == -100 != row.labels[len(prompt)]
 
 
 def test_written_control_tokens_are_letters(raw, neox):
     for tokenizer in (raw, neox):
-        row, = D.encode_conversation(D.Conversation("1", [], [("say <|endoftext|>", "<|endoftext|> it is")]), tokenizer, "zephyr")
+        row, = encode_conversation(Conversation("1", [], [("say <|endoftext|>", "<|endoftext|> it is")]), tokenizer, "zephyr")
         assert row.input_ids.count(0) == 2                      # one after the user, one after the answer: the template's
     assert not raw.encode_special_tokens                         # left as it was
 
 
-def test_the_lite_template_is_the_row_of_chapter_14():
-    words = D.build_tokenizer(["what color is the shape?", "is it a circle?", "teal yes no"])
+def test_the_lite_template_is_question_answer_end():
+    words = build_tokenizer(["what color is the shape?", "is it a circle?", "teal yes no"])
     turns = [("what color is the shape?", "teal"), ("is it a circle?", "no")]
-    rows = D.encode_conversation(D.Conversation("1", [PICTURE], turns), words, "lite")
-    assert [(row.input_ids, row.labels) for row in rows] == [D.encode_turn(words, *turn) for turn in turns]
-    assert D.prompt_ids(words, *turns[0][:1], template="lite") == D.encode_prompt(words, turns[0][0])
+    rows = encode_conversation(Conversation("1", [PICTURE], turns), words, "lite")
+    for row, (question, answer) in zip(rows, turns, strict=True):
+        prompt, reply = words.encode(question).ids, words.encode(answer + "<eos>").ids
+        assert row.input_ids == prompt + reply and row.labels == [-100] * len(prompt) + reply
+    assert prompt_ids(words, *turns[0][:1], template="lite") == encode_prompt(words, turns[0][0])
 
 
 @pytest.mark.parametrize("turn, kind", [
     (("what color is it, zebra?", "teal"), "mask"), (("what color?", "zebra"), "mask"), (("what color?", "Teal"), "mask"),
     (("what color?", "teal."), "mask"), (("what <eos>?", "teal"), "mask"), (("what color?", "teal <eos>"), "mask"),
     (("what color?", "teal  teal"), "mask"), (("what color?", ""), "empty"), (("\n\t ", "teal"), "empty"), ((None, "teal"), "turns"),
-    (("what?", b"teal"), "turns"), (("what?", "a" * (D.LONGEST_TEXT + 1)), "text"), (("what? \ud83d", "teal"), "text")])
+    (("what?", b"teal"), "turns"), (("what?", "a" * (LONGEST_TEXT + 1)), "text"), (("what? \ud83d", "teal"), "text")])
 def test_what_a_tokenizer_cannot_say_back_is_refused(turn, kind):
-    words = D.build_tokenizer(["what color is it?", "teal"])
-    with pytest.raises(D.SampleError, match="^sample n 7: ") as error:
-        D.encode_conversation(D.Conversation("n 7", [PICTURE], [turn]), words, "lite")
+    words = build_tokenizer(["what color is it?", "teal"])
+    with pytest.raises(SampleError, match="^sample n 7: ") as error:
+        encode_conversation(Conversation("n 7", [PICTURE], [turn]), words, "lite")
     assert error.value.kind == kind and error.value.sample == "n 7" and len(str(error.value)) < 300
 
 
 def test_no_turns_and_plain_with_too_much(raw):
     for turns, images, template in (([], [PICTURE], "zephyr"), ([("a", "b")] * 2, [PICTURE], "plain"), ([("a", "b")], [], "plain")):
-        with pytest.raises(D.SampleError, match="sample 1: got") as error:
-            D.encode_conversation(D.Conversation("1", images, turns), raw, template)
+        with pytest.raises(SampleError, match="sample 1: got") as error:
+            encode_conversation(Conversation("1", images, turns), raw, template)
         assert error.value.kind == "turns"
 
 
 def mask_of(raw, template="zephyr"):
     turns = [("what is it?", "a circle"), ("its color?", "teal")]
-    row, = D.encode_conversation(D.Conversation("7", [], turns), raw, template)
-    return D.Codec(raw), D.TEMPLATES[template], row.input_ids, row.labels, [a for _, a in turns]
+    row, = encode_conversation(Conversation("7", [], turns), raw, template)
+    return Codec(raw), TEMPLATES[template], row.input_ids, row.labels, [a for _, a in turns]
 
 
 @pytest.mark.parametrize("template", ["zephyr", "llava"])
 def test_every_single_wrong_label_is_found(raw, template):
     codec, form, ids, labels, answers = mask_of(raw, template)
-    D.check_mask(codec, form, ids, labels, answers, "7")
+    check_mask(codec, form, ids, labels, answers, "7")
     for i in range(len(ids)):
         for wrong in (-100, ids[i], ids[i] + 1):
             if wrong != labels[i]:
-                with pytest.raises(D.SampleError, match="^sample 7: "):
-                    D.check_mask(codec, form, ids, [*labels[:i], wrong, *labels[i + 1:]], answers, "7")
+                with pytest.raises(SampleError, match="^sample 7: "):
+                    check_mask(codec, form, ids, [*labels[:i], wrong, *labels[i + 1:]], answers, "7")
 
 
 def test_shifted_empty_and_full_masks_are_found(raw):
     codec, form, ids, labels, answers = mask_of(raw)
     for wrong in ([-100] * len(ids), list(ids), [*labels[1:], -100], [-100, *labels[:-1]]):
-        with pytest.raises(D.SampleError, match="^sample 7: "):
-            D.check_mask(codec, form, ids, wrong, answers, "7")
+        with pytest.raises(SampleError, match="^sample 7: "):
+            check_mask(codec, form, ids, wrong, answers, "7")
     for others in (answers[::-1], answers[:1], [*answers, "x"], []):
-        with pytest.raises(D.SampleError, match="sample 7: answer"):
-            D.check_mask(codec, form, ids, labels, others, "7")
+        with pytest.raises(SampleError, match="sample 7: answer"):
+            check_mask(codec, form, ids, labels, others, "7")
 
 
 def test_a_template_that_begins_with_a_learned_token_is_refused(raw):
-    bare = D.Template(asks=False)
-    with pytest.raises(D.SampleError, match="begins with a learned token"):
-        D.encode_conversation(D.Conversation("7", [PICTURE], [("a", "b")]), raw, bare)
-    words = D.build_tokenizer(["teal"])
-    with pytest.raises(D.SampleError, match="sample 7"):                        # it has no line break: `plain` cannot be said
-        D.encode_conversation(D.Conversation("7", [PICTURE], [("a", "teal")]), words, "plain")
+    bare = Template(asks=False)
+    with pytest.raises(SampleError, match="begins with a learned token"):
+        encode_conversation(Conversation("7", [PICTURE], [("a", "b")]), raw, bare)
+    words = build_tokenizer(["teal"])
+    with pytest.raises(SampleError, match="sample 7"):                        # it has no line break: `plain` cannot be said
+        encode_conversation(Conversation("7", [PICTURE], [("a", "teal")]), words, "plain")
 
 
 @pytest.mark.parametrize("template", ["chatml", None, 3])
 def test_unknown_templates(raw, template):
     with pytest.raises(ValueError, match="template: got .*, need a Template or one of plain, llava, zephyr, lite"):
-        D.encode_conversation(D.Conversation("7", [], [("a", "b")]), raw, template)
+        encode_conversation(Conversation("7", [], [("a", "b")]), raw, template)
 
 
 def test_a_template_of_your_own(raw):
-    form = replace(D.TEMPLATES["zephyr"], user="Q: ", assistant="\nA:", space=" ", between="\n\n")
-    row, = D.encode_conversation(D.Conversation("7", [], [("a", "b"), ("c", "d")]), raw, form)
+    form = replace(TEMPLATES["zephyr"], user="Q: ", assistant="\nA:", space=" ", between="\n\n")
+    row, = encode_conversation(Conversation("7", [], [("a", "b"), ("c", "d")]), raw, form)
     assert raw.decode(row.input_ids, skip_special_tokens=False) == "Q:  a\nA: b<|endoftext|>\n\nQ:  c\nA: d<|endoftext|>"
 
 
@@ -224,14 +229,14 @@ def test_a_template_of_your_own(raw):
 @given(st.integers(1, 80), st.integers(0, 1000))
 def test_every_learned_token_is_kept_or_counted(raw, max_length, seed):
     conversation = random_conversation(random.Random(seed), seed)
-    whole, = D.encode_conversation(conversation, raw, "zephyr")
+    whole, = encode_conversation(conversation, raw, "zephyr")
     learned = [y for y in whole.labels if y != -100]
     if all(y == -100 for y in whole.labels[:max_length]):
-        with pytest.raises(D.SampleError, match=f"nothing is left to learn in {max_length} tokens; {len(learned)} learned tokens") as error:
-            D.encode_conversation(conversation, raw, "zephyr", max_length)
+        with pytest.raises(SampleError, match=f"nothing is left to learn in {max_length} tokens; {len(learned)} learned tokens") as error:
+            encode_conversation(conversation, raw, "zephyr", max_length)
         assert error.value.kind == "cut"
     else:
-        row, = D.encode_conversation(conversation, raw, "zephyr", max_length)
+        row, = encode_conversation(conversation, raw, "zephyr", max_length)
         assert row.input_ids == whole.input_ids[:max_length] and row.labels == whole.labels[:max_length]
         assert sum(y != -100 for y in row.labels) + row.cut == len(learned)
 
@@ -242,28 +247,28 @@ def test_tokenizers_without_an_end_of_text():
     bare = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     for tokenizer in (bare, PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>")):
         with pytest.raises(ValueError, match="tokenizer: has no end-of-text token"):
-            D.Codec(tokenizer)
+            Codec(tokenizer)
 
 
 def test_padding_ids(raw, neox):
-    assert D.Codec(raw).pad_id == D.Codec(neox).pad_id == 0 == D.Codec(neox).eos_id
-    words = D.Codec(D.build_tokenizer(["a"]))
+    assert Codec(raw).pad_id == Codec(neox).pad_id == 0 == Codec(neox).eos_id
+    words = Codec(build_tokenizer(["a"]))
     assert (words.pad_id, words.eos_id, words.special) == (0, 1, {0, 1, 2})
     padded = fast(chat_tokenizer())
     padded.add_special_tokens({"pad_token": "<pad>"})
-    assert D.Codec(padded).pad_id == padded.pad_token_id != 0
+    assert Codec(padded).pad_id == padded.pad_token_id != 0
 
 
 def test_errors_survive_a_process_boundary():
     import pickle
-    error = D.fault("7", "mask", "text")
+    error = sample_error("7", "mask", "text")
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.sample, again.kind) == ("sample 7: text", "7", "mask") and type(error)("x").args == ("x",)
 
 
 def test_view_of_rows(raw):
-    row, = D.encode_conversation(D.Conversation("7", [], [("what\nis it?", "a circle")]), raw, "zephyr")
-    view = D.show_row(raw, row)
+    row, = encode_conversation(Conversation("7", [], [("what\nis it?", "a circle")]), raw, "zephyr")
+    view = show_row(raw, row)
     text, marks = repr(view).splitlines()
     learned = "".join(c for c, m in zip(text, marks.ljust(len(text))) if m == "^")
     assert learned == "a·circle<|endoftext|>" and "⏎" in text
@@ -275,7 +280,7 @@ def other_tokenizer(kind):
     "As Llama's (a space before every text, words joined by it) and as BERT's (word pieces, lower case)."
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-    texts = ["what color is the shape? it is a teal circle.", D.SYSTEM, "<|user|> <|assistant|> USER: ASSISTANT:", "0123456789abcdefghijklmnopqrstuvwxyz\n"] * 3
+    texts = ["what color is the shape? it is a teal circle.", SYSTEM, "<|user|> <|assistant|> USER: ASSISTANT:", "0123456789abcdefghijklmnopqrstuvwxyz\n"] * 3
     special = {"vocab_size": 400, "show_progress": False, "special_tokens": ["<unk>", "<s>", "</s>"]}
     if kind == "llama":
         tokenizer, trainer = Tokenizer(models.BPE(unk_token="<unk>")), trainers.BpeTrainer(**special)
@@ -293,14 +298,14 @@ def test_tokenizers_of_other_families(kind, template):
     "What they cannot say back is refused; what passes is learned as it was said."
     tokenizer, passed = other_tokenizer(kind), 0
     for answer in ("teal", "a teal circle", "it is a teal circle.", "Teal", "  teal", "te  al", "\nteal", "teal circle 漢", "what is it? 7"):
-        conversation = D.Conversation("7", [PICTURE], [("what color is the shape?", answer)])
+        conversation = Conversation("7", [PICTURE], [("what color is the shape?", answer)])
         try:
-            row, = D.encode_conversation(conversation, tokenizer, template)
-        except D.SampleError as error:
+            row, = encode_conversation(conversation, tokenizer, template)
+        except SampleError as error:
             assert error.kind == "mask" and "sample 7: " in str(error)
             continue
-        run, = D.label_runs(row.labels)
-        end = len(D.Codec(tokenizer).literal(D.TEMPLATES[template].end))
+        run, = label_runs(row.labels)
+        end = len(Codec(tokenizer).literal(TEMPLATES[template].end))
         assert tokenizer.decode(run[:-end]).strip() == answer.strip() and row.labels[0] == -100
         passed += 1
     assert passed >= (0 if template == "plain" else 3)                 # `plain` needs a line break, which BERT's does not have

@@ -13,7 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlmamba_lite import data as D
+from vlmamba_lite.data.batches import Tally, attempt, load_picture
+from vlmamba_lite.data.conversations import ERROR_KINDS, Conversation, SampleError
+from vlmamba_lite.data.easy_vqa import easy_vqa_set, load_easy_vqa
+from vlmamba_lite.data.pictures import open_image, process_images, to_rgb
+from vlmamba_lite.data.records import ConversationSet, hub_set, llava_set, picture_list, safe_path, split_by_image
 
 HUMAN, GPT = {"from": "human", "value": "what is it?"}, {"from": "gpt", "value": "a circle"}
 GOOD = [HUMAN, GPT]
@@ -26,11 +30,11 @@ def write(folder, records, name="chat.json"):
 
 
 def error_of(folder, record, root=None):
-    data = D.llava_set(write(folder, [record]), root)
-    with pytest.raises(D.SampleError, match="^sample 0 of chat.json") as error:
+    data = llava_set(write(folder, [record]), root)
+    with pytest.raises(SampleError, match="^sample 0 of chat.json") as error:
         conversation = data[0]
         for image in conversation.images:
-            D.load_picture(image, conversation.name)
+            load_picture(image, conversation.name)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
     return error.value
 
@@ -69,8 +73,8 @@ def test_links_out_of_the_root_are_refused(tmp_path, root):
     for name in ("link.png", "folder/secret.png"):
         assert "leads out of the root folder" in str(error_of(tmp_path, {"image": name, "conversations": GOOD}, root))
     assert error_of(tmp_path, {"image": "loop.png", "conversations": GOOD}, root).kind == "image"
-    inside = D.llava_set(write(tmp_path, [{"image": "inside.png", "conversations": GOOD}]), root)[0]
-    assert D.load_picture(inside.images[0], "0").size == (6, 4)
+    inside = llava_set(write(tmp_path, [{"image": "inside.png", "conversations": GOOD}]), root)[0]
+    assert load_picture(inside.images[0], "0").size == (6, 4)
 
 
 def test_nothing_outside_the_root_is_opened(tmp_path, root, monkeypatch):
@@ -81,13 +85,13 @@ def test_nothing_outside_the_root_is_opened(tmp_path, root, monkeypatch):
         opened.append(str(file))
         return real(file, *args, **kwargs)
     os.symlink(tmp_path / "secret.png", root / "link.png")
-    data = D.llava_set(write(tmp_path, [{"image": n, "conversations": GOOD} for n in [*BAD_PATHS, "link.png", "a.png", "deep/b.jpg"]]), root)
+    data = llava_set(write(tmp_path, [{"image": n, "conversations": GOOD} for n in [*BAD_PATHS, "link.png", "a.png", "deep/b.jpg"]]), root)
     monkeypatch.setattr(builtins, "open", spy)
     monkeypatch.setattr(io, "open", spy)
-    tally, sizes = D.Tally(), []
+    tally, sizes = Tally(), []
     for i in range(len(data)):
-        if conversation := D.attempt(lambda: data[i], tally, "skip"):                                   # noqa: B023
-            sizes += [D.attempt(lambda: D.load_picture(conversation.images[0], "n"), tally, "skip")]     # noqa: B023
+        if conversation := attempt(lambda: data[i], tally, "skip"):                                   # noqa: B023
+            sizes += [attempt(lambda: load_picture(conversation.images[0], "n"), tally, "skip")]     # noqa: B023
     monkeypatch.undo()
     assert sum(s is not None for s in sizes) == 2 and tally.skipped == {"image": len(BAD_PATHS) + 1}
     assert opened and all(Path(p).resolve().is_relative_to(root.resolve()) for p in opened)
@@ -98,8 +102,8 @@ def test_nothing_outside_the_root_is_opened(tmp_path, root, monkeypatch):
 def test_any_path_stays_inside_or_is_refused(tmp_path_factory, name):
     root = tmp_path_factory.getbasetemp()
     try:
-        path = D.safe_path(root, name, "7")
-    except D.SampleError as error:
+        path = safe_path(root, name, "7")
+    except SampleError as error:
         assert error.kind == "image" and str(error).startswith("sample 7: image: ")
     else:
         assert path.is_relative_to(root.resolve()) and ".." not in path.parts
@@ -113,13 +117,13 @@ def test_paths_in_a_hub_row_are_not_trusted(tmp_path, root):
     from datasets import Dataset, Features, List, Value
     from datasets import Image as Picture
     rows = {"image": [{"bytes": None, "path": str(tmp_path / "secret.png")}], "question": ["what?"], "answer": ["black"]}
-    data = D.hub_set(Dataset.from_dict(rows, Features(image=Picture(decode=False), question=Value("string"), answer=Value("string"))), root=root)
-    with pytest.raises(D.SampleError, match="leads out of the root folder"):
+    data = hub_set(Dataset.from_dict(rows, Features(image=Picture(decode=False), question=Value("string"), answer=Value("string"))), root=root)
+    with pytest.raises(SampleError, match="leads out of the root folder"):
         data[0]
     lists = {"images": [[{"bytes": None, "path": "../secret.png"}]], "question": ["what?"], "answer": ["black"]}
     kinds = Features(images=List(Picture(decode=True)), question=Value("string"), answer=Value("string"))
-    with pytest.raises(D.SampleError, match="need a relative one"):
-        D.hub_set(Dataset.from_dict(lists, kinds), root=root)[0]
+    with pytest.raises(SampleError, match="need a relative one"):
+        hub_set(Dataset.from_dict(lists, kinds), root=root)[0]
 
 
 def test_folders_of_pictures_as_datasets_loads_them(tmp_path, root):
@@ -127,13 +131,13 @@ def test_folders_of_pictures_as_datasets_loads_them(tmp_path, root):
     from datasets import Image as Picture
     rows = {"image": [str(root / "a.png"), str(root / "deep" / "b.jpg")], "question": ["what?"] * 2, "answer": ["a"] * 2}
     rows = Dataset.from_dict(rows, Features(image=Picture(), question=Value("string"), answer=Value("string")))
-    inside, outside, trusted = D.hub_set(rows, root=root), D.hub_set(rows, root=root / "deep"), D.hub_set(rows, decode=True)
-    assert [D.load_picture(inside[i].images[0], "0").size for i in (0, 1)] == [(6, 4)] * 2 == [trusted[i].images[0].size for i in (0, 1)]
-    with pytest.raises(D.SampleError, match="leads out of the root folder"):
+    inside, outside, trusted = hub_set(rows, root=root), hub_set(rows, root=root / "deep"), hub_set(rows, decode=True)
+    assert [load_picture(inside[i].images[0], "0").size for i in (0, 1)] == [(6, 4)] * 2 == [trusted[i].images[0].size for i in (0, 1)]
+    with pytest.raises(SampleError, match="leads out of the root folder"):
         outside[0]
-    assert D.load_picture(outside[1].images[0], "1").size == (6, 4)
-    with pytest.raises(D.SampleError, match="no root folder"):
-        D.hub_set(rows)[0]
+    assert load_picture(outside[1].images[0], "1").size == (6, 4)
+    with pytest.raises(SampleError, match="no root folder"):
+        hub_set(rows)[0]
 
 
 # ---- pictures ----
@@ -158,8 +162,8 @@ def test_broken_pictures_are_named(tmp_path, root, content, said):
     (root / "bad.png").write_bytes(content)
     error = error_of(tmp_path, {"image": "bad.png", "conversations": GOOD}, root)
     assert error.kind == "image" and re.search(r"bad\.png .*" + f"({said})", str(error))
-    with pytest.raises(D.SampleError, match=f"in the record .*({said})"):
-        D.load_picture({"bytes": content}, "7")
+    with pytest.raises(SampleError, match=f"in the record .*({said})"):
+        load_picture({"bytes": content}, "7")
 
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read")
@@ -171,8 +175,8 @@ def test_truncated_files_are_never_half_a_picture(root, kind):
     for share in (0.02, 0.3, 0.6, 0.9):
         (root / f"half.{kind}").write_bytes(whole[:int(len(whole) * share)])
         with pytest.raises(ValueError, match=f"half.{kind} (is not a picture|cannot be read)"):
-            D.open_image(root / f"half.{kind}")
-    assert D.open_image(root / f"whole.{kind}").size == (40, 40)
+            open_image(root / f"half.{kind}")
+    assert open_image(root / f"whole.{kind}").size == (40, 40)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -196,13 +200,13 @@ def test_animations_are_refused_and_single_frames_are_not(tmp_path, root):
         frames[0].save(root / name, save_all=True, append_images=frames[1:], **({"format": "PNG"} if name == "a.apng" else {}))
         assert "got 3 frames, need a single picture" in str(error_of(tmp_path, {"image": name, "conversations": GOOD}, root))
         frames[0].save(root / name, **({"format": "PNG"} if name == "a.apng" else {}))
-        assert D.open_image(root / name).size == (4, 4)
+        assert open_image(root / name).size == (4, 4)
     frames[0].save(root / "phone.jpg", "MPO", save_all=True, append_images=frames[1:])        # a photo with its preview
-    assert D.open_image(root / "phone.jpg").size == (4, 4)
+    assert open_image(root / "phone.jpg").size == (4, 4)
 
 
 def one_color(image):
-    pixels = D.process_images([image], 8)[0].flatten(1)
+    pixels = process_images([image], 8)[0].flatten(1)
     return pixels.float().mean(1).round().int().tolist()
 
 
@@ -216,13 +220,13 @@ def test_colors_of_unusual_pictures(root):
     Image.fromarray(deep).save(root / "deep.png")
     Image.fromarray(deep >> 8).save(root / "dark.png")                       # 16 bits, all of them low: nearly black
     for name, want in {"cmyk.jpg": [200, 30, 60], "cmyk.tiff": [200, 30, 60], "palette.png": [200, 30, 60], "deep.png": [200] * 3, "dark.png": [0] * 3}.items():
-        assert np.abs(np.array(one_color(D.open_image(root / name))) - want).max() <= 3, name
+        assert np.abs(np.array(one_color(open_image(root / name))) - want).max() <= 3, name
 
 
 @pytest.mark.parametrize("levels", [np.array([[-1, 5]], np.int32), np.array([[0, 70_000]], np.int32), np.array([[0, 300.0]], np.float32)])
 def test_levels_that_do_not_fit_are_refused(levels):
     with pytest.raises(ValueError, match="image: got levels from .*, need 8 or 16 bits"):
-        D.to_rgb(Image.fromarray(levels))
+        to_rgb(Image.fromarray(levels))
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -234,15 +238,15 @@ def test_exif_turns_are_undone_once(root, turn):
     image.save(root / "photo.png", exif=exif)
     from PIL import ImageOps
     want = ImageOps.exif_transpose(Image.open(root / "photo.png"))
-    for got in (D.load_picture(root / "photo.png", "7"), D.load_picture({"bytes": (root / "photo.png").read_bytes()}, "7"),
-                D.load_picture(D.load_picture(Image.open(root / "photo.png"), "7"), "7")):
+    for got in (load_picture(root / "photo.png", "7"), load_picture({"bytes": (root / "photo.png").read_bytes()}, "7"),
+                load_picture(load_picture(Image.open(root / "photo.png"), "7"), "7")):
         assert got.size == want.size == ((2, 4) if turn > 4 else (4, 2)) and got.tobytes() == want.tobytes()
 
 
 @pytest.mark.parametrize("value", [7, 0.5, {"a": 1}, [None], [["a.png"]], True, {"bytes": None, "path": None}, [{"bytes": b""}]])
 def test_what_is_no_picture_value(value):
-    with pytest.raises(D.SampleError, match="sample 7: image: got .*, need a path, a PIL picture, or bytes"):
-        D.picture_list(value, "7", "root")
+    with pytest.raises(SampleError, match="sample 7: image: got .*, need a path, a PIL picture, or bytes"):
+        picture_list(value, "7", "root")
 
 
 # ---- records ----
@@ -253,10 +257,10 @@ LONG = {"from": "gpt", "value": "la" * 5_000_000}
 @pytest.mark.parametrize("record, kind, said", [
     (None, "record", "got NoneType"), ([], "record", "got list"), ("text", "record", "got str"), ({}, "turns", "need a list of messages"),
     ({"conversations": []}, "turns", "got 0 messages"), ({"conversations": "hi"}, "turns", "need a list"), ({"conversations": [1]}, "turns", "type int"),
-    ({"conversations": [HUMAN]}, "turns", "need an answer after every question"), ({"conversations": [HUMAN, HUMAN]}, "turns", "message 2 is of user"),
-    ({"conversations": [GPT, HUMAN]}, "turns", "message 1 is of assistant"), ({"conversations": [*GOOD, HUMAN]}, "turns", "got 3 messages"),
-    ({"conversations": [{"from": "system", "value": "x"}, GPT]}, "turns", "nobody known"), ({"conversations": [{"from": [1]}, GPT]}, "turns", "nobody"),
-    ({"conversations": [{"value": "x"}, GPT]}, "turns", "message 1 is of nobody known"), ({"conversations": [{"from": "human"}, GPT]}, "turns", "NoneType"),
+    ({"conversations": [HUMAN]}, "turns", "need an answer after every question"), ({"conversations": [HUMAN, HUMAN]}, "turns", "message 2 is of role 'human'"),
+    ({"conversations": [GPT, HUMAN]}, "turns", "message 1 is of role 'gpt'"), ({"conversations": [*GOOD, HUMAN]}, "turns", "got 3 messages"),
+    ({"conversations": [{"from": "system", "value": "x"}, GPT]}, "turns", "role 'system'"), ({"conversations": [{"from": [1]}, GPT]}, "turns", "message 1 is of role"),
+    ({"conversations": [{"value": "x"}, GPT]}, "turns", "message 1 is of role 'None'"), ({"conversations": [{"from": "human"}, GPT]}, "turns", "NoneType"),
     ({"conversations": [HUMAN, {"from": "gpt", "value": ""}]}, "empty", "assistant, turn 1"), ({"conversations": [{**HUMAN, "value": " \n"}, GPT]}, "empty", "user"),
     ({"conversations": [HUMAN, {"from": "gpt", "value": 7}]}, "turns", "got int"), ({"conversations": [HUMAN, LONG]}, "text", "10,000,000 characters"),
     ({"conversations": [HUMAN, {"from": "gpt", "value": "\ud83d"}]}, "text", "half a character"),
@@ -270,29 +274,29 @@ def test_broken_records(tmp_path, root, record, kind, said):
 
 def test_marks_are_taken_out_wherever_they_stand(tmp_path, root):
     for text in ("<image>\nwhat is it?", "what is it?\n<image>", "<image> what is it?", "what is it?"):
-        got = D.llava_set(write(tmp_path, [{"image": "a.png", "conversations": [{**HUMAN, "value": text}, GPT]}]), root)[0]
+        got = llava_set(write(tmp_path, [{"image": "a.png", "conversations": [{**HUMAN, "value": text}, GPT]}]), root)[0]
         assert got.turns == [("what is it?", "a circle")] and len(got.images) == 1
     two = {"image": ["a.png", "deep/b.jpg"], "conversations": [{**HUMAN, "value": "<image>\n<image>\nsame?"}, GPT]}
-    assert len(D.llava_set(write(tmp_path, [two]), root)[0].images) == 2
+    assert len(llava_set(write(tmp_path, [two]), root)[0].images) == 2
 
 
 def test_an_answer_keeps_its_mark(tmp_path):
-    got = D.llava_set(write(tmp_path, [{"conversations": [HUMAN, {**GPT, "value": "write <image> there"}]}]))[0]
+    got = llava_set(write(tmp_path, [{"conversations": [HUMAN, {**GPT, "value": "write <image> there"}]}]))[0]
     assert got.turns[0][1] == "write <image> there"
 
 
 def test_a_missing_image_is_a_text_only_turn(tmp_path):
     for record in ({"conversations": GOOD}, {"image": None, "conversations": GOOD}, {"image": [], "conversations": GOOD}):
-        assert D.llava_set(write(tmp_path, [record]))[0].images == []
+        assert llava_set(write(tmp_path, [record]))[0].images == []
 
 
 def test_repeated_ids(tmp_path):
     path = write(tmp_path, [{"id": x, "conversations": GOOD} for x in (1, "1", 2, None, None, 2)])
-    data, tally = D.llava_set(path), D.Tally()
+    data, tally = llava_set(path), Tally()
     assert sorted(data.repeated) == [1, 5]
-    kept = [i for i in range(6) if D.attempt(lambda: data[i], tally, "skip")]                      # noqa: B023
+    kept = [i for i in range(6) if attempt(lambda: data[i], tally, "skip")]                      # noqa: B023
     assert kept == [0, 2, 3, 4] and tally.skipped == {"duplicate": 2} and tally.read == 6
-    assert "its id has come before" in tally.messages[0] and all(D.llava_set(path, unique=False)[i] for i in range(6))
+    assert "its id has come before" in tally.messages[0] and all(llava_set(path, unique=False)[i] for i in range(6))
 
 
 @pytest.mark.parametrize("content, said", [
@@ -301,23 +305,23 @@ def test_repeated_ids(tmp_path):
 def test_files_that_are_no_list_of_records(tmp_path, content, said):
     (tmp_path / "chat.json").write_bytes(content)
     with pytest.raises(ValueError, match=said):
-        D.llava_set(tmp_path / "chat.json")
+        llava_set(tmp_path / "chat.json")
 
 
 def test_a_bad_line_is_one_bad_sample(tmp_path):
     good = json.dumps({"conversations": GOOD}).encode()
     (tmp_path / "chat.jsonl").write_bytes(b"\n".join([good, b"\xff\xfe", b"{", b"", b"[" * 100_000, good]))
-    data, tally = D.llava_set(tmp_path / "chat.jsonl"), D.Tally()
+    data, tally = llava_set(tmp_path / "chat.jsonl"), Tally()
     assert len(data) == 5
-    kept = [i for i in range(5) if D.attempt(lambda: data[i], tally, "skip")]                      # noqa: B023
+    kept = [i for i in range(5) if attempt(lambda: data[i], tally, "skip")]                      # noqa: B023
     assert kept == [0, 4] and tally.skipped == {"record": 3} and "byte 0 is not UTF-8" in tally.messages[0]
-    with pytest.raises(D.SampleError, match="1 of chat.jsonl"):
-        D.attempt(lambda: data[1], tally, "raise")
+    with pytest.raises(SampleError, match="1 of chat.jsonl"):
+        attempt(lambda: data[1], tally, "raise")
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path):
     (tmp_path / "chat.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([{"conversations": GOOD}]).encode())
-    assert D.llava_set(tmp_path / "chat.json")[0].turns == [("what is it?", "a circle")]
+    assert llava_set(tmp_path / "chat.json")[0].turns == [("what is it?", "a circle")]
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.floats(allow_nan=False),
@@ -327,11 +331,11 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size
 @settings(deadline=None, max_examples=150, derandomize=True)
 @given(st.dictionaries(st.sampled_from(["id", "image", "conversations"]), JSON))
 def test_any_json_is_a_conversation_or_a_named_fault(record):
-    data = D.ConversationSet([record], {"images": "image", "turns": "conversations", "name": "id"}, "x", "/nowhere")
+    data = ConversationSet([record], {"images": "image", "turns": "conversations", "name": "id"}, "x", "/nowhere")
     try:
         conversation = data[0]
-    except D.SampleError as error:
-        assert error.kind in D.FAULTS and str(error).startswith("sample 0 of x")
+    except SampleError as error:
+        assert error.kind in ERROR_KINDS and str(error).startswith("sample 0 of x")
     else:
         assert all(isinstance(t, str) and t.strip() for turn in conversation.turns for t in turn)
 
@@ -342,27 +346,27 @@ def test_column_maps():
     from datasets import Dataset
     picture = Image.new("RGB", (4, 4), "teal")
     cauldron = Dataset.from_dict({"images": [[picture, picture]], "texts": [[{"user": "a?", "assistant": "b", "source": "s"}, {"user": "c?", "assistant": "d"}]]})
-    got = D.hub_set(cauldron)[0]
-    assert got.turns == [("a?", "b"), ("c?", "d")] and [D.load_picture(i, "0").size for i in got.images] == [(4, 4)] * 2
+    got = hub_set(cauldron)[0]
+    assert got.turns == [("a?", "b"), ("c?", "d")] and [load_picture(i, "0").size for i in got.images] == [(4, 4)] * 2
     plain = Dataset.from_dict({"img": [picture], "q": ["a?"], "a": ["b"]})
-    got = D.hub_set(plain, {"images": "img", "questions": "q", "answers": "a"})[0]
+    got = hub_set(plain, {"images": "img", "questions": "q", "answers": "a"})[0]
     assert got.turns == [("a?", "b")] and isinstance(got.images[0], dict)
     chat = Dataset.from_dict({"messages": [[{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]]})
-    assert D.hub_set(chat)[0] == D.Conversation("0 of data", [], [("a?", "b")])
+    assert hub_set(chat)[0] == Conversation("0 of data", [], [("a?", "b")])
     with pytest.raises(ValueError, match="columns: got \\['a', 'img', 'q'\\], need a map"):
-        D.hub_set(plain)
+        hub_set(plain)
     uneven = Dataset.from_dict({"questions": [["a?", "b?"]], "answers": [["x"]]})
-    with pytest.raises(D.SampleError, match="got 2 questions and 1 answers"):
-        D.hub_set(uneven)[0]
+    with pytest.raises(SampleError, match="got 2 questions and 1 answers"):
+        hub_set(uneven)[0]
 
 
 def test_easy_vqa_as_conversations():
-    data, rows = D.easy_vqa_set("validation"), D.load_easy_vqa("validation")
+    data, rows = easy_vqa_set("validation"), load_easy_vqa("validation")
     assert len(data) == 400
     for i in (0, 7, 399):
         got, row = data[i], rows[i]
         assert got.turns == list(zip(row["questions"], row["answers"])) and f"(id {row['image_id']})" in got.name
-        assert D.load_picture(got.images[0], got.name).tobytes() == row["image"].tobytes()
+        assert load_picture(got.images[0], got.name).tobytes() == row["image"].tobytes()
 
 
 def test_a_record_that_cannot_be_fetched_is_a_fault():
@@ -372,48 +376,48 @@ def test_a_record_that_cannot_be_fetched_is_a_fault():
 
         def __getitem__(self, i):
             raise OSError("disk on fire")
-    with pytest.raises(D.SampleError, match="sample 0 of x: cannot be read: disk on fire"):
-        D.ConversationSet(Broken(), {"turns": "t"}, "x")[0]
+    with pytest.raises(SampleError, match="sample 0 of x: cannot be read: disk on fire"):
+        ConversationSet(Broken(), {"turns": "t"}, "x")[0]
     for i in (-1, 1, 10**9):
         with pytest.raises(IndexError):
-            D.ConversationSet(Broken(), {"turns": "t"}, "x")[i]
+            ConversationSet(Broken(), {"turns": "t"}, "x")[i]
 
 
 def test_the_policy_is_one_of_two():
     with pytest.raises(ValueError, match="on_error: got 'ignore', need 'raise' or 'skip'"):
-        D.attempt(lambda: 1, D.Tally(), "ignore")
+        attempt(lambda: 1, Tally(), "ignore")
     with pytest.raises(KeyError):                                             # only faults of samples are skipped, not mistakes in code
-        D.attempt(lambda: {}["x"], D.Tally(), "skip")
-    total = D.Tally(2, Counter(mask=1), 3, ["a"])
-    total.add(D.Tally(5, Counter(mask=1, image=2), 4, ["b"] * 30))
+        attempt(lambda: {}["x"], Tally(), "skip")
+    total = Tally(2, Counter(mask=1), 3, ["a"])
+    total.add(Tally(5, Counter(mask=1, image=2), 4, ["b"] * 30))
     assert (total.read, total.skipped, total.cut, len(total.messages)) == (7, Counter(mask=2, image=2), 7, 20)
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.lists(st.lists(st.integers(0, 12), max_size=3), min_size=1, max_size=25), st.floats(0.05, 0.95), st.integers(0, 5), st.randoms())
 def test_no_picture_is_on_both_sides(pictures, share, seed, shuffler):
-    data = [D.Conversation(f"n{i}", [{"bytes": bytes([p])} for p in own], [("a", "b")]) for i, own in enumerate(pictures)]
-    training, validation = D.split_by_image(data, share, seed)
+    data = [Conversation(f"n{i}", [{"bytes": bytes([p])} for p in own], [("a", "b")]) for i, own in enumerate(pictures)]
+    training, validation = split_by_image(data, share, seed)
     assert sorted(training + validation) == list(range(len(data)))
     assert not {p for i in training for p in pictures[i]} & {p for i in validation for p in pictures[i]}
     order = list(range(len(data)))
     shuffler.shuffle(order)
-    again, _ = D.split_by_image([data[i] for i in order], share, seed)
+    again, _ = split_by_image([data[i] for i in order], share, seed)
     assert sorted(order[i] for i in again) == training
 
 
 def test_the_share_of_a_split():
-    data = [D.Conversation(str(i), [], [("a", "b")]) for i in range(2000)]
-    _, validation = D.split_by_image(data, 0.2)
-    assert 0.17 < len(validation) / 2000 < 0.23 and D.split_by_image(data, 0.2, seed=1)[1] != validation
+    data = [Conversation(str(i), [], [("a", "b")]) for i in range(2000)]
+    _, validation = split_by_image(data, 0.2)
+    assert 0.17 < len(validation) / 2000 < 0.23 and split_by_image(data, 0.2, seed=1)[1] != validation
     for share in (0, 1, -1):
         with pytest.raises(ValueError, match="share: got"):
-            D.split_by_image(data, share)
+            split_by_image(data, share)
 
 
 def test_a_split_skips_and_counts():
-    tally, data = D.Tally(), D.ConversationSet([{"q": "a", "a": "b"}, {}], {"questions": "q", "answers": "a"})
-    training, validation = D.split_by_image(data, on_error="skip", tally=tally)
+    tally, data = Tally(), ConversationSet([{"q": "a", "a": "b"}, {}], {"questions": "q", "answers": "a"})
+    training, validation = split_by_image(data, on_error="skip", tally=tally)
     assert training + validation == [0] and tally.skipped == {"turns": 1}
-    with pytest.raises(D.SampleError):
-        D.split_by_image(data)
+    with pytest.raises(SampleError):
+        split_by_image(data)
