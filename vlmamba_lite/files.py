@@ -40,7 +40,7 @@ def write_atomically(path, write):
 # %% ../nbs/files.ipynb #3fe3dc94
 @contextmanager
 def naming(path):
-    "A context in which whatever goes wrong with the content of `path` becomes one ValueError, in one line, that names the file."
+    "A context in which whatever goes wrong with the content of `path` becomes a ValueError of one line, with its name."
     try:
         yield
     except OSError:
@@ -69,7 +69,7 @@ WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.b
 
 
 def finish_save(folder):
-    "Puts the files of a complete save into place and removes the weights of the model before it. Does nothing without a switch file."
+    "Puts the files of a complete save into place and removes older weights. Does nothing without a switch file."
     folder = Path(folder)
     if not (folder / SWITCH).exists():
         return
@@ -84,7 +84,7 @@ def finish_save(folder):
 
 
 def save_together(folder, files):
-    "Writes files {name: function that writes to a path} into a folder. A crash leaves all the old files or all the new ones."
+    "Writes files {name: function that writes to a path} into a folder. A crash leaves all the old ones or all the new."
     folder = Path(folder)
     finish_save(folder)                                                  # of a save that was killed
     try:
@@ -113,7 +113,7 @@ def saved_files(folder):
 
 # %% ../nbs/files.ipynb #0c9f627f
 def _hub_file(model, revision, offline, name):
-    "The file of a model on the Hub, downloaded unless `offline`, or None. FileNotFoundError if the Hub gives no answer."
+    "The file of a model on the Hub, downloaded unless `offline`, or None. FileNotFoundError without an answer."
     try:
         return Path(hf_hub_download(model, name, revision=revision, local_files_only=offline))
     except Exception as error:
@@ -127,13 +127,14 @@ def _hub_file(model, revision, offline, name):
 def file_finder(name, revision=None):
     """A function from the names that a file of a model may have to the path of the first that is there.
 
-    name: a folder, or, as a text "user/name", a model on the Hugging Face Hub. This and the function raise FileNotFoundError.
-    """
+    name: a folder, or, as a text "user/name", a model on the Hugging Face Hub. Both raise FileNotFoundError."""
     folder = Path(name).expanduser()
     on_hub = isinstance(name, str) and name.count("/") == 1 and name[0] not in "./~" and not folder.exists()
     if not on_hub and not folder.is_dir():
         raise FileNotFoundError(f"model: no folder {name}")
-    places = [partial(_hub_file, name, revision, offline) for offline in (True, False)] if on_hub else [saved_files(folder)]
+    places = [saved_files(folder)]
+    if on_hub:
+        places = [partial(_hub_file, name, revision, offline) for offline in (True, False)]
 
     def find(*names):
         for place in places:
@@ -145,7 +146,7 @@ def file_finder(name, revision=None):
 
 # %% ../nbs/files.ipynb #84fed86c
 def weight_paths(find, names=WEIGHTS):
-    "The weight files of a model, from a function of `file_finder`. Raises FileNotFoundError, or ValueError for a damaged index."
+    "Weight files that a function of `file_finder` finds. Raises FileNotFoundError, or ValueError for a bad index."
     weights = find(*names)
     if weights.suffix != ".json":
         return [weights]
@@ -163,14 +164,14 @@ def _read_tensor(path, name):
 
 
 def _unpickled(path):
-    "The tensors of a pickle by name, mapped and not read where the file allows it. ValueError if it holds anything else."
+    "The tensors of a pickle by name, mapped and not read where possible. ValueError if it holds anything else."
     try:
         mmap = zipfile.is_zipfile(path)                  # very old files cannot be mapped
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:                           # truncated or foreign bytes end in any of six kinds of error
-        raise ValueError(f"{path}: got a file that is damaged or holds more than tensors, need tensors alone") from error
+        raise ValueError(f"{path}: got a file that is damaged or holds more than tensors, need only tensors") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError(f"{path}: got a pickle of something else, need tensors by name")
     return tensors
@@ -190,15 +191,19 @@ def tensors_in(*paths):
 
 # %% ../nbs/files.ipynb #bef735bb
 class KeyReport(ValueError):
-    "Which names do not fit: `missing`, `unexpected`, `misshaped` {name: (shape there, shape needed)}, `unequal` copies."
+    "The names that do not fit: `missing`, `unexpected`, `misshaped` {name: (shape got, needed)}, `unequal` copies."
 
     def __init__(self, source, missing, unexpected, misshaped, unequal):
-        self.missing, self.unexpected, self.misshaped, self.unequal = sorted(missing), sorted(unexpected), misshaped, sorted(unequal)
+        self.missing, self.unexpected, self.unequal = sorted(missing), sorted(unexpected), sorted(unequal)
+        self.misshaped = misshaped
+        text = f"{source}: the weights do not fit the model"
         shapes = sorted(f"{name}: got {got}, need {want}" for name, (got, want) in misshaped.items())
-        parts = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": shapes, "copies that differ": self.unequal}
-        texts = [f"{len(names)} {kind}: " + ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-                 for kind, names in parts.items() if names]
-        super().__init__(f"{source}: the weights do not fit the model; " + "; ".join(texts))
+        for kind, names in (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes),
+                            ("copies that differ", self.unequal)):
+            if names:
+                text += f"; {len(names)} {kind}: {', '.join(names[:6])}"
+                text += f" and {len(names) - 6} more" if len(names) > 6 else ""
+        super().__init__(text)
 
 # %% ../nbs/files.ipynb #01b57754
 def _put(model, names, tensor):
@@ -217,10 +222,10 @@ def _put(model, names, tensor):
 def load_weights(model, tensors, device=None, dtype=None, rename=None, source="weights"):
     """Fills a model with tensors (name, shape, read), as `tensors_in` yields them, one at a time.
 
-    What is on the meta device is replaced by tensors on `device` in `dtype`, None for those of the file (whole numbers keep theirs);
-    anything else is filled where it is. rename: from a name in the file to the model's. A tensor that comes twice, as a tied head
-    does, must be the same. Raises a `KeyReport`, which begins with `source`, unless every name and shape fits.
-    """
+    What is on the meta device is replaced by tensors on `device` in `dtype`, None for those of the file (whole
+    numbers keep theirs); anything else is filled where it is. rename: from a name in the file to the model's. A
+    tensor that comes twice, as a tied head does, must be the same. Raises a `KeyReport`, which begins with `source`,
+    unless every name and shape fits."""
     targets = model.state_dict(keep_vars=True)
     names_of = {}                                                        # a tied weight has several names
     for name, target in targets.items():
@@ -267,7 +272,7 @@ def unique_tensors(model):
 
 
 def weight_files(tensors, max_shard_size="5GB", metadata=None):
-    "Safetensors files that hold tensors by name: {name: function that writes to a path}, for `save_together`. ValueError for a size that is none."
+    "Safetensors files of tensors by name, as `save_together` takes them. Raises ValueError for a size that is none."
     try:
         plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     except (ValueError, TypeError, AttributeError) as error:

@@ -25,7 +25,7 @@ def our_name(name):
 
 # %% ../../nbs/language/checkpoints.ipynb #cc827a53
 def _require(fields, *names, **values):
-    "Raises a ValueError unless all of these names are fields, and each of these values is the field's, where there is one."
+    "Raises a ValueError unless all these names are fields, and no field of the names in `values` has another value."
     missing = [name for name in names if name not in fields]
     if missing:
         raise ValueError(f"configuration: got no {', '.join(missing)}, need them all")
@@ -39,7 +39,7 @@ _INITIAL_OR_KERNEL = {"dt_init", "dt_scale", "conv_init", "use_fast_path", "use_
 
 
 def original_config(fields):
-    "The arguments of `MambaConfig` in an original config.json; missing fields have the authors' defaults. Raises ValueError for another model."
+    "The arguments of `MambaConfig` in an original config.json, else ValueError. Defaults are those of the authors."
     _require(fields, "d_model", "n_layer", "vocab_size", rms_norm=True, d_intermediate=0, attn_layer_idx=[])
     ssm_cfg = dict(fields.get("ssm_cfg") or {})
     layer = ssm_cfg.pop("layer", "Mamba1")
@@ -51,13 +51,14 @@ def original_config(fields):
     args = {name: value for name, value in ssm_cfg.items() if name not in _INITIAL_OR_KERNEL | set(variants)}
     if unknown := sorted(set(args) - set(signature(mixer).parameters)):
         raise ValueError(f"ssm_cfg: got {unknown}, need arguments of {mixer.__name__}")
-    return dict(d_model=fields["d_model"], n_layer=fields["n_layer"], vocab_size=fields["vocab_size"],
-                pad_vocab_size_multiple=fields.get("pad_vocab_size_multiple", 8), mixer=mixer.__name__.lower(), mixer_args=args,
-                tie_embeddings=fields.get("tie_embeddings", True), residual_in_fp32=fields.get("residual_in_fp32", True))
+    return dict(
+        d_model=fields["d_model"], n_layer=fields["n_layer"], mixer=mixer.__name__.lower(), mixer_args=args,
+        vocab_size=fields["vocab_size"], pad_vocab_size_multiple=fields.get("pad_vocab_size_multiple", 8),
+        tie_embeddings=fields.get("tie_embeddings", True), residual_in_fp32=fields.get("residual_in_fp32", True))
 
 # %% ../../nbs/language/checkpoints.ipynb #c7c280f8
 def transformers_config(fields):
-    "The arguments of `MambaConfig` in a config.json with model_type mamba or mamba2. Raises ValueError for another model."
+    "The arguments of `MambaConfig` in a config.json with model_type mamba or mamba2, else ValueError."
     _require(fields, "hidden_size", "num_hidden_layers", "vocab_size", "state_size", hidden_act="silu", rms_norm=True)
     mixer, expand = fields["model_type"], fields.get("expand", 2)
     args = dict(d_state=fields["state_size"], d_conv=fields.get("conv_kernel", 4), expand=expand,
@@ -79,16 +80,16 @@ def transformers_config(fields):
 
 
 def published_config(fields, vocab_size=None):
-    """The arguments of `MambaConfig` in a config.json of either layout. vocab_size: the real tokens, where the file counts the padding.
+    """The arguments of `MambaConfig` in a config.json of either layout.
 
-    Raises a ValueError that names the field, for another model."""
+    vocab_size: the real tokens, where the file counts the padding. Raises a ValueError that names the field."""
     kind = fields.get("model_type")
     if kind in ("mamba", "mamba2"):
         config = transformers_config(fields)
     elif kind is None and "d_model" in fields:
         config = original_config(fields)
     else:
-        raise ValueError(f"model_type: got {kind!r}, need 'mamba' or 'mamba2', or the original layout with d_model and n_layer")
+        raise ValueError(f"model_type: got {kind!r}, need 'mamba' or 'mamba2', or the original layout with d_model")
     if vocab_size is None:
         return config
     multiple = config["pad_vocab_size_multiple"]
@@ -101,10 +102,9 @@ def published_config(fields, vocab_size=None):
 def load_pretrained(name, model_class, config_class, device="cpu", dtype=torch.float32, vocab_size=None, revision=None):
     """A published Mamba or Mamba-2 language model, `model_class(config_class(...))`, ready to answer.
 
-    name: a folder or a model on the Hugging Face Hub. dtype: of the weights here, None for that of the files. vocab_size: how many tokens are
-    real, where the files count the padding. Raises FileNotFoundError for a missing file, `KeyReport` for weights that do not fit, and
-    ValueError for files of anything but a Mamba.
-    """
+    name: a folder or a model on the Hugging Face Hub. dtype: of the weights here, None for that of the files.
+    vocab_size: how many tokens are real, where the files count the padding. Raises FileNotFoundError for a missing
+    file, `KeyReport` for weights that do not fit, and ValueError for files of anything but a Mamba."""
     find = file_finder(name, revision)
     config, weights = find("config.json"), weight_paths(find)
     with naming(config), torch.device("meta"):
@@ -121,8 +121,9 @@ def describe(model):
     expand = mixer.d_inner / mixer.d_model
     fields = dict(
         model_type=c.mixer, architectures=["MambaForCausalLM" if c.mixer == "mamba" else "Mamba2ForCausalLM"],
-        hidden_size=c.d_model, num_hidden_layers=c.n_layer, vocab_size=c.padded_vocab_size, tie_word_embeddings=c.tie_embeddings,
-        layer_norm_epsilon=c.norm_eps, residual_in_fp32=c.residual_in_fp32, hidden_act="silu",
+        hidden_size=c.d_model, num_hidden_layers=c.n_layer, vocab_size=c.padded_vocab_size,
+        tie_word_embeddings=c.tie_embeddings, layer_norm_epsilon=c.norm_eps, residual_in_fp32=c.residual_in_fp32,
+        hidden_act="silu",
         torch_dtype=str(model.lm_head.weight.dtype).removeprefix("torch."),
         state_size=mixer.d_state, conv_kernel=mixer.d_conv, expand=int(expand) if expand == int(expand) else expand,
         use_bias=mixer.in_proj.bias is not None, use_conv_bias=mixer.conv1d.bias is not None,
@@ -131,16 +132,16 @@ def describe(model):
     if c.mixer == "mamba":
         return fields | dict(time_step_rank=mixer.dt_rank, intermediate_size=mixer.d_inner)
     _require(vars(mixer.norm), norm_before_gate=False)
-    return fields | dict(num_heads=mixer.nheads, head_dim=mixer.headdim, n_groups=mixer.ngroups, chunk_size=mixer.chunk_size,
-                         time_step_limit=mixer.dt_limit)
+    return fields | dict(num_heads=mixer.nheads, head_dim=mixer.headdim, n_groups=mixer.ngroups,
+                         chunk_size=mixer.chunk_size, time_step_limit=mixer.dt_limit)
 
 
 def save_pretrained(model, folder, max_shard_size="5GB", **fields):
-    """Writes a `MambaLM` to a folder that transformers and `load_pretrained` read, in the dtype it has: all files or none.
+    """Writes a `MambaLM`, in its dtype, to a folder that transformers and `load_pretrained` read: all files or none.
 
-    fields: more for config.json, as `eos_token_id=0`. Raises a ValueError for a model that the layout cannot describe.
-    """
+    fields: more for config.json, as `eos_token_id=0`. ValueError for a model that the layout cannot describe."""
     config = describe(model) | fields
-    weights = {name.replace("backbone.embedding.", "backbone.embeddings."): p.detach().contiguous() for name, p in model.named_parameters()}
+    weights = {name.replace("backbone.embedding.", "backbone.embeddings."): p.detach().contiguous()
+               for name, p in model.named_parameters()}
     files = weight_files(weights, max_shard_size, {"format": "pt"})
     save_together(Path(folder), files | {"config.json": partial(write_json, fields=config)})

@@ -12,7 +12,7 @@ from ..data import EOS, Codec, ask_ids, encode_prompt, pick_template
 
 # %% ../../nbs/model/chat.ipynb #10a214f2
 class PromptFormat:
-    "Questions into ids and new ids into answers. template: by default 'lite' for a tokenizer with `<eos>`, else 'zephyr'."
+    "Questions into ids, new ids into answers. template: by default 'lite' for a tokenizer with `<eos>`, else 'zephyr'."
 
     def __init__(self, tokenizer, template=None):
         usual = "zephyr" if tokenizer.token_to_id(EOS) is None else "lite"
@@ -22,7 +22,9 @@ class PromptFormat:
         self.stops = sorted({self.codec.eos_id, *(self.end if len(self.end) == 1 else [])})
 
     def encode(self, question, first=True):
-        "Ids of a question, up to where the answer begins. first: no turn came before. Raises ValueError for words it cannot read."
+        """Ids of a question, up to where the answer begins.
+
+        first: no turn came before. Raises ValueError for words it cannot read."""
         if self.template.alone:
             return encode_prompt(self.codec.tokenizer, question)
         return ask_ids(self.codec, self.template, question, "question", first)
@@ -44,16 +46,16 @@ def check_state(model, state):
     if not isinstance(state, list) or not all(isinstance(s, tuple) and hasattr(s, "_fields") for s in state):
         raise ValueError(f"image: got {type(state).__name__}, need a PIL picture, or a state from read_image")
     if len(state) != len(layers) or any(type(s) is not type(need) or form(s) != form(need) for s in state):
-        kind = type(state[0]).__name__ if state else "nothing"
-        raise ValueError(f"state: got {len(state)} layers of {kind} {form(state[0]) if state else ''}, need {len(layers)} of "
-                         f"{type(need).__name__} {form(need)}; it is from another model")
+        got = f"{type(state[0]).__name__} {form(state[0])}" if state else "nothing"
+        raise ValueError(f"state: got {len(state)} layers of {got}, need {len(layers)} of {type(need).__name__} "
+                         f"{form(need)}; it is from another model")
     return state
 
 # %% ../../nbs/model/chat.ipynb #dd07dfcc
 class Chat:
-    """A conversation, `model.chat(picture)`: `say` for a turn, `stream` for one that comes bit by bit, `show` for a picture.
+    """A conversation, `model.chat(picture)`: `say` takes a turn, `stream` one that comes bit by bit, `show` a picture.
 
-    state, begun: go on from the state of an earlier chat, in which turns were taken. Raises ValueError for a state of another model."""
+    state, begun: go on from an earlier chat, in which turns were taken. ValueError for a state of another model."""
 
     def __init__(self, model, image=None, template=None, state=None, begun=False):
         self.model, self.prompt, self.begun = model, PromptFormat(model.tokenizer, template), begun
@@ -99,7 +101,7 @@ class Chat:
             if self.prompt.template.alone:
                 self.kept = before
             else:
-                said = (new[:-1] if new and new[-1] in stops else new) + end     # the end belongs to an answer that was cut, too
+                said = (new[:-1] if new and new[-1] in stops else new) + end     # an answer that was cut ends, too
                 self.ids += ids[len(self.pending):] + said
                 self.pending, self.begun = ids[-1:] + said, True
 

@@ -68,11 +68,13 @@ PUBLISHED_SIZES = {"mamba-2.8b": (2.77e9, "the checkpoint's"), "mamba-2.8b-slimp
 
 
 def whole_part(name):
-    "Parameters of a published part, by its name in LANGUAGE_MODELS or VISION_ENCODERS: of a tower also the layers that are not used."
-    if name not in LANGUAGE_MODELS:
-        return sum(sum(p.numel() for p in new_tower(tower.strip(), "meta").parameters()) for tower in VISION_ENCODERS[name].split("+"))
-    with torch.device("meta"):
-        return sum(p.numel() for p in MambaLM(language_config(name)).parameters())
+    "Parameters of a part as published, by its name in LANGUAGE_MODELS or VISION_ENCODERS, unused layers included."
+    if name in LANGUAGE_MODELS:
+        with torch.device("meta"):
+            parts = [MambaLM(language_config(name))]
+    else:
+        parts = [new_tower(tower.strip(), "meta") for tower in VISION_ENCODERS[name].split("+")]
+    return sum(p.numel() for part in parts for p in part.parameters())
 
 # %% ../../nbs/model/memory.ipynb #a1c59fd4
 class _NumbersAreMinusOne(TorchDispatchMode):
@@ -114,8 +116,8 @@ def _per_row_and_fixed(run, model):
 
 @cache
 def _probe(text, trains, precision, length):
-    """What a step keeps of the model of the configuration in `text`: ((bytes a picture, fixed) of encoder and connector, visual tokens,
-    (bytes a token, fixed) of one layer of the language model)."""
+    """What a step keeps of the model of the configuration in `text`: ((bytes a picture, fixed) of encoder and
+    connector, visual tokens, (bytes a token, fixed) of one layer of the language model)."""
     model = copy.deepcopy(_meta_model(text)).train()
     layer, d_model = model.language.backbone.layers[0], model.config.language.d_model
     model.language.backbone.layers = model.language.backbone.layers[:1]
@@ -123,14 +125,15 @@ def _probe(text, trains, precision, length):
         part.requires_grad_(name in trains)
     for tower in getattr(model.vision, "towers", [model.vision]):
         tower.frozen = "vision" not in trains
-    gradient = bool({"vision", "connector"} & set(trains))                # reaches what stands before the language model
+    gradient = bool({"vision", "connector"} & set(trains))                # reaches the parts before the language model
     with without_data(precision):
         model.to_empty(device="cpu")
         shape = model.pixels(Image.new("RGB", (64, 64))).shape[1:]
         tokens = model.vision(torch.empty(2, *shape))[0].shape[1]
         front = _per_row_and_fixed(lambda rows: model.see(torch.empty(rows, *shape)), model) if gradient else (0, 0)
         length = min(tokens + length, 256)
-        row, fixed = _per_row_and_fixed(lambda rows: layer(torch.empty(rows, length, d_model, requires_grad=gradient)), model)
+        stream = partial(torch.empty, requires_grad=gradient)
+        row, fixed = _per_row_and_fixed(lambda rows: layer(stream(rows, length, d_model)), model)
     return front, tokens, (row / length, fixed)
 
 # %% ../../nbs/model/memory.ipynb #145588e4
@@ -138,21 +141,22 @@ OPTIMIZERS = ("adamw", "muon", "none")
 
 
 def _optimizer_bytes(model, trains, optimizer):
-    "What an optimizer keeps in fp32: AdamW two averages of each trained parameter; Muon one of matrices, the rest as AdamW."
+    "Bytes in fp32: AdamW keeps two averages of each trained parameter; Muon one of matrices, of the rest as AdamW."
     trained = [m for name in trains for m in getattr(model, name).modules()]
-    words = {m.weight for m in trained if isinstance(m, nn.Embedding)}
-    matrices = {m.weight for m in trained if isinstance(m, (nn.Linear, nn.Conv2d))} - words - {model.language.lm_head.weight}
+    matrices = {m.weight for m in trained if isinstance(m, (nn.Linear, nn.Conv2d))}
+    matrices -= {m.weight for m in trained if isinstance(m, nn.Embedding)} | {model.language.lm_head.weight}
     two = 8 * sum(p.numel() for name in trains for p in getattr(model, name).parameters())
     return {"none": 0, "adamw": two, "muon": two - 4 * sum(p.numel() for p in matrices)}[optimizer]
 
 
-def memory_estimate(config, trains=("connector", "language"), batch_size=1, length=2048, precision="bf16", optimizer="adamw",
-                    checkpointing=False, processes=1, sharded=False, ema=False):
-    """Bytes that a process needs to train a `VLMambaConfig`, by kind, and their `total`. Nothing is allocated or downloaded.
+def memory_estimate(config, trains=("connector", "language"), batch_size=1, length=2048, precision="bf16",
+                    optimizer="adamw", checkpointing=False, processes=1, sharded=False, ema=False):
+    """Bytes that a process needs to train a `VLMambaConfig`, by kind, and their `total`. Nothing is allocated.
 
-    batch_size: rows in a micro-batch, a picture each; length: tokens of text in a row, the picture's come on top; sharded: FSDP over
-    `processes`, else each has all. Not counted: what one layer needs for a moment, the pictures, and what the allocator wastes.
-    Activations are those of the scan that runs on the CPU. Raises ValueError that names the argument."""
+    batch_size: rows in a micro-batch, a picture each; length: tokens of text in a row, the picture's come on top;
+    sharded: FSDP over `processes`, else each has all. Not counted: what one layer needs for a moment, the pictures,
+    and what the allocator wastes. Activations are those of the scan that runs on the CPU. Raises ValueError that
+    names the argument."""
     choose("precision", precision, ("fp32", "bf16"))
     choose("optimizer", optimizer, OPTIMIZERS)
     if isinstance(trains, str) or not trains or not set(trains) <= {"vision", "connector", "language"}:
@@ -168,12 +172,13 @@ def memory_estimate(config, trains=("connector", "language"), batch_size=1, leng
                  ema=trained if ema else 0)
     parts = {name: -(-size // (processes if sharded else 1)) for name, size in parts.items()}
 
-    (picture, picture_fixed), tokens, (token, layer_fixed) = _probe(_as_text(config), tuple(sorted(trains)), precision, min(length, 256))
+    front, tokens, layer = _probe(_as_text(config), tuple(sorted(trains)), precision, min(length, 256))
+    (picture, picture_fixed), (token, layer_fixed) = front, layer
     layers, row = c.n_layer, tokens + length
     kept = layers * token * row
-    if checkpointing:                                        # the stream in front of each layer, and one layer that is run again
+    if checkpointing:                      # the stream in front of each layer, and one layer that is run again
         kept = layers * 4 * c.d_model * row + token * row
-    copies = 1 if checkpointing and "language" not in trains else layers          # autocast remembers copies of what is trained
+    copies = 1 if checkpointing and "language" not in trains else layers      # autocast keeps copies of what is trained
     head = 2 * c.padded_vocab_size * c.d_model if precision == "bf16" else 0
     parts |= dict(copies=picture_fixed + copies * layer_fixed + head, activations=batch_size * round(picture + kept),
                   logits=12 * batch_size * length * c.vocab_size)

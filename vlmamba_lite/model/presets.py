@@ -46,39 +46,47 @@ def lite_config(vocab_size):
         vision=dict(dim=96, width=32, image_size=64),
         connector="vss_l2",
         connector_args=dict(scan="bsm", d_state=8, expand=1),   # N 8 and no expansion: the grid is only 8x8
-        language=MambaConfig(d_model=96, n_layer=3, vocab_size=vocab_size, mixer="mamba2", pad_vocab_size_multiple=1,
-                             mixer_args=dict(d_state=32, headdim=32, chunk_size=32),  # short chunks are cheap on a CPU
-                             embedding_std=0.2))                # tied to the head: 0.02 would start with nearly equal logits
+        language=MambaConfig(
+            d_model=96, n_layer=3, vocab_size=vocab_size, mixer="mamba2", pad_vocab_size_multiple=1,
+            mixer_args=dict(d_state=32, headdim=32, chunk_size=32),           # short chunks are cheap on a CPU
+            embedding_std=0.2))                # tied to the head: 0.02 would start with nearly equal logits
 
 
 def tiny_config(vocab_size):
     "The same parts, far smaller: for tests."
     return VLMambaConfig(
-        vision=dict(dim=16, width=8, image_size=64), connector="vss_l2", connector_args=dict(scan="bsm", d_state=4, expand=1),
-        language=MambaConfig(d_model=16, n_layer=1, vocab_size=vocab_size, mixer="mamba2", pad_vocab_size_multiple=1,
-                             mixer_args=dict(d_state=8, headdim=8, chunk_size=32), embedding_std=0.2))
+        vision=dict(dim=16, width=8, image_size=64),
+        connector="vss_l2",
+        connector_args=dict(scan="bsm", d_state=4, expand=1),
+        language=MambaConfig(
+            d_model=16, n_layer=1, vocab_size=vocab_size, mixer="mamba2", pad_vocab_size_multiple=1,
+            mixer_args=dict(d_state=8, headdim=8, chunk_size=32), embedding_std=0.2))
 
 
 MODEL_PRESETS = {"lite": lite_config, "tiny": tiny_config}
 
 # %% ../../nbs/model/presets.ipynb #81e59877
 SIGLIP, DINOV2 = "google/siglip-so400m-patch14-384", "facebook/dinov2-with-registers-large"
-VISION_ENCODERS = {"siglip": SIGLIP, "clip": "openai/clip-vit-large-patch14-336", "dinov2": DINOV2, "dinov2+siglip": f"{DINOV2} + {SIGLIP}"}
+VISION_ENCODERS = {"siglip": SIGLIP, "clip": "openai/clip-vit-large-patch14-336",
+                   "dinov2": DINOV2, "dinov2+siglip": f"{DINOV2} + {SIGLIP}"}
 
 
 def vision_spec(source):
-    """The dict for `build_encoder` of a name in `VISION_ENCODERS`, or of names in `TOWER_SHAPES` joined by '+'. Raises ValueError.
+    """The dict for `build_encoder` of a name in `VISION_ENCODERS`, or of names in `TOWER_SHAPES` joined by '+'.
 
-    DINOv2 reads squares of 384 pixels, as in ML-Mamba."""
+    DINOv2 reads squares of 384 pixels, as in ML-Mamba. Raises ValueError for an unknown name."""
     names = [name.strip() for name in VISION_ENCODERS.get(source, source).split("+")]
     towers = []
     for name in names:
         if name not in TOWER_SHAPES:
-            raise ValueError(f"vision: got {name!r}, need one of {sorted(VISION_ENCODERS)}, or of {sorted(TOWER_SHAPES)}, joined by '+'")
-        kind = next(k for k, cls in ENCODERS.items() if TOWER_SHAPES[name]["model_type"] in getattr(cls, "model_types", ()))
+            known = f"{sorted(VISION_ENCODERS)}, or of {sorted(TOWER_SHAPES)}, joined by '+'"
+            raise ValueError(f"vision: got {name!r}, need one of {known}")
+        model_type = TOWER_SHAPES[name]["model_type"]
+        kind = next(k for k, cls in ENCODERS.items() if model_type in getattr(cls, "model_types", ()))
         towers.append(dict(kind=kind, config=name))
         if name == DINOV2:
-            towers[-1]["preprocess"] = dict(size=[384, 384], mean=list(IMAGENET_COLOURS[0]), std=list(IMAGENET_COLOURS[1]))
+            mean, std = map(list, IMAGENET_COLOURS)
+            towers[-1]["preprocess"] = dict(size=[384, 384], mean=mean, std=std)
     return towers[0] if len(towers) == 1 else dict(kind="fused", towers=towers)
 
 # %% ../../nbs/model/presets.ipynb #ad3813b1
@@ -89,7 +97,7 @@ LANGUAGE_MODELS = {name: f"state-spaces/{name}" for name in _LANGUAGE_SHAPES}
 
 
 def language_config(name, vocab_size=50277):
-    "`MambaConfig` of a published language model, by its name under state-spaces/ on the Hub. Raises ValueError for another name."
+    "`MambaConfig` of a published language model, by its name under state-spaces/ on the Hub, else ValueError."
     d_model, n_layer = choose("language", name, _LANGUAGE_SHAPES)
     mixer = name.split("-")[0]
     return MambaConfig(d_model, n_layer, vocab_size, 16 if mixer == "mamba2" else 8, mixer)
@@ -97,8 +105,10 @@ def language_config(name, vocab_size=50277):
 # %% ../../nbs/model/presets.ipynb #e1c25510
 PAPER_PRESETS = {
     "vl-mamba-1.4b": dict(vision="siglip", connector="vss_l2", scan="bsm", language="mamba-1.4b"),
-    "vl-mamba-2.8b": dict(vision="siglip", connector="vss_l2", scan="bsm", language="mamba-2.8b-slimpj"),         # VL-Mamba, section 4.4
-    "ml-mamba-2.7b": dict(vision="dinov2+siglip", connector="msc_advanced", scan="bsm", language="mamba2-2.7b")}  # ML-Mamba, Tables 5 to 7
+    # VL-Mamba, section 4.4
+    "vl-mamba-2.8b": dict(vision="siglip", connector="vss_l2", scan="bsm", language="mamba-2.8b-slimpj"),
+    # ML-Mamba, Tables 5 to 7
+    "ml-mamba-2.7b": dict(vision="dinov2+siglip", connector="msc_advanced", scan="bsm", language="mamba2-2.7b")}
 
 # %% ../../nbs/model/presets.ipynb #a051a754
 OVERRIDES = ("vision", "connector", "connector_args", "scan", "language")
@@ -117,8 +127,9 @@ def check_connector(config):
 
 
 def override(config, **changes):
-    """A configuration with parts exchanged: `vision` and `language` (names in VISION_ENCODERS and LANGUAGE_MODELS, or values as
-    `VLMambaConfig` takes them), `connector`, `scan`, and `connector_args`, which are added to those there are. Raises ValueError for others."""
+    """A configuration with parts exchanged: `vision` and `language` (names in VISION_ENCODERS and LANGUAGE_MODELS,
+    or values as `VLMambaConfig` takes them), `connector`, `scan`, and `connector_args`, which are added to those
+    there are. Raises ValueError for others."""
     if unknown := sorted(set(changes) - set(OVERRIDES)):
         raise ValueError(f"override: got {', '.join(unknown)}, need some of {', '.join(OVERRIDES)}")
     vision = changes.get("vision") or config.vision
@@ -127,21 +138,23 @@ def override(config, **changes):
     language = changes.get("language") or config.language
     if isinstance(language, str):
         language = language_config(language, config.language.vocab_size)
-    connector, scan, args = changes.get("connector") or config.connector, changes.get("scan"), dict(config.connector_args)
+    connector, args = changes.get("connector") or config.connector, dict(config.connector_args)
     if connector != config.connector:
         args = {"scan": args["scan"]} if "scan" in args and connector != "mlp" else {}
-    if scan is not None:
+    if changes.get("scan") is not None:
         if connector == "mlp":
             raise ValueError("scan: got one for the connector 'mlp', which does not scan; need another connector")
-        args["scan"] = scan
-    return check_connector(VLMambaConfig(dict(vision), connector, args | (changes.get("connector_args") or {}), language))
+        args["scan"] = changes["scan"]
+    args |= changes.get("connector_args") or {}
+    return check_connector(VLMambaConfig(dict(vision), connector, args, language))
 
 # %% ../../nbs/model/presets.ipynb #6648cfc6
 _VL_MAMBA_TABLES = {
-    "t2": {name: dict(vision="clip", connector="mlp", language=name) for name in ("mamba-1.4b", "mamba-2.8b", "mamba-2.8b-slimpj")},
-    "t3": {name: dict(vision=name, connector="mlp") for name in ("clip", "siglip")},
-    "t4": {name: dict(connector=name) for name in ("mlp", "vss_mlp", "vss_l2")},
-    "t5": {name: dict(scan=name) for name in ("bsm", "csm")}}
+    "t2": {name: dict(vision="clip", connector="mlp", language=name)                          # language models
+           for name in ("mamba-1.4b", "mamba-2.8b", "mamba-2.8b-slimpj")},
+    "t3": {name: dict(vision=name, connector="mlp") for name in ("clip", "siglip")},          # vision encoders
+    "t4": {name: dict(connector=name) for name in ("mlp", "vss_mlp", "vss_l2")},              # connectors
+    "t5": {name: dict(scan=name) for name in ("bsm", "csm")}}                                 # scans
 _ML_MAMBA_TABLES = {
     "t4": {name: dict(language=name) for name in ("mamba2-780m", "mamba2-1.3b", "mamba2-2.7b")},
     "t5": {name: dict(vision=name) for name in ("dinov2", "siglip", "dinov2+siglip")},
@@ -149,14 +162,16 @@ _ML_MAMBA_TABLES = {
            "msc_basic": dict(connector="msc_basic"), "msc_advanced": dict(connector="msc_advanced")},
     "t7": {name: dict(scan=name) for name in ("bsm", "csm")}}
 ABLATIONS = {f"{paper}/{table}/{row}": (preset, changes)                                      # "vl-mamba/t4/vss_mlp"
-             for paper, preset, tables in (("vl-mamba", "vl-mamba-2.8b", _VL_MAMBA_TABLES), ("ml-mamba", "ml-mamba-2.7b", _ML_MAMBA_TABLES))
+             for paper, preset, tables in (("vl-mamba", "vl-mamba-2.8b", _VL_MAMBA_TABLES),
+                                           ("ml-mamba", "ml-mamba-2.7b", _ML_MAMBA_TABLES))
              for table, rows in tables.items() for row, changes in rows.items()}
 
 # %% ../../nbs/model/presets.ipynb #1829a8f0
 def preset_config(name, vocab_size=None, **changes):
-    """The `VLMambaConfig` of a preset or a row of `ABLATIONS`, `override`n. vocab_size: by default GPT-NeoX's for the papers' models.
+    """The `VLMambaConfig` of a preset or a row of `ABLATIONS`, `override`n.
 
-    Raises ValueError for an unknown name or change, and for a small preset without a vocab_size."""
+    vocab_size: by default GPT-NeoX's for the papers' models; a small preset needs one. Raises ValueError for an unknown
+    name or change."""
     if name in ABLATIONS:
         name, row = ABLATIONS[name]
         return override(preset_config(name, vocab_size, **row), **changes)
@@ -165,25 +180,29 @@ def preset_config(name, vocab_size=None, **changes):
             raise ValueError(f"vocab_size: got None, need the number of words for the preset {name!r}")
         return override(MODEL_PRESETS[name](vocab_size), **changes)
     if name not in PAPER_PRESETS:
-        raise ValueError(f"preset: got {name!r}, need one of {sorted(MODEL_PRESETS | PAPER_PRESETS)} or a row of ABLATIONS")
+        known = sorted(MODEL_PRESETS | PAPER_PRESETS)
+        raise ValueError(f"preset: got {name!r}, need one of {known} or a row of ABLATIONS")
     parts = PAPER_PRESETS[name]
     language = language_config(parts["language"], vocab_size or 50277)
-    return override(VLMambaConfig(vision_spec(parts["vision"]), parts["connector"], {"scan": parts["scan"]}, language), **changes)
+    config = VLMambaConfig(vision_spec(parts["vision"]), parts["connector"], {"scan": parts["scan"]}, language)
+    return override(config, **changes)
 
 # %% ../../nbs/model/presets.ipynb #41d6053c
 def published_sources(name, **changes):
-    "Hub names {'vision', 'language'} of a preset of the papers or a row of `ABLATIONS`. Raises ValueError for any other name."
+    "Hub names {'vision', 'language'} of a preset of the papers or a row of `ABLATIONS`, else ValueError."
     preset, row = ABLATIONS.get(name, (name, {}))
     if preset not in PAPER_PRESETS:
-        raise ValueError(f"weights: got 'published' for the preset {name!r}, which has none; need one of {sorted(PAPER_PRESETS)}")
+        known = sorted(PAPER_PRESETS)
+        raise ValueError(f"weights: got 'published' for the preset {name!r}, which has none; need one of {known}")
     parts = PAPER_PRESETS[preset] | row | changes
     return dict(vision=VISION_ENCODERS.get(parts["vision"], parts["vision"]),
                 language=LANGUAGE_MODELS.get(parts["language"], parts["language"]))
 
 
 def check_weights(weights):
-    "Raises one ValueError unless these are sources of parts: a vision encoder and a language model, and perhaps a connector."
+    "Raises one ValueError unless these are sources of a vision encoder, a language model, and perhaps a connector."
     names = sorted(weights) if isinstance(weights, dict) else repr(weights)
-    if not isinstance(weights, dict) or not {"vision", "language"} <= set(weights) <= {"vision", "language", "connector"}:
-        raise ValueError(f"weights: got {names}, need 'random', 'published', or a dict of vision, language and perhaps connector")
+    if names not in (["language", "vision"], ["connector", "language", "vision"]):
+        need = "'random', 'published', or a dict of vision, language and perhaps connector"
+        raise ValueError(f"weights: got {names}, need {need}")
     return weights

@@ -52,25 +52,27 @@ def model_card(model, name="this folder"):
     "The text of a README.md for a model, `name`d as `from_pretrained` takes it."
     c = model.config
     sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
-    return _CARD.format(mixer=c.language.mixer, n_layer=c.language.n_layer, d_model=c.language.d_model, connector=c.connector,
-                        vision=c.vision.get("kind", "conv"), sizes=sizes, total=sum(sizes.values()), name=name, note=_WRITTEN_BY_US)
+    return _CARD.format(mixer=c.language.mixer, n_layer=c.language.n_layer, d_model=c.language.d_model,
+                        connector=c.connector, vision=c.vision.get("kind", "conv"), sizes=sizes,
+                        total=sum(sizes.values()), name=name, note=_WRITTEN_BY_US)
 
 
 def save_model(model, folder, card=None, max_shard_size="5GB"):
-    """Writes weights (in shards above `max_shard_size`), config.json and tokenizer.json: all or none, see `save_together`.
+    """Writes weights (in shards above `max_shard_size`), config.json and tokenizer.json: all or none.
 
-    card: the model's name for others, written into a README.md. Raises OSError, and ValueError for a max_shard_size that is none."""
+    card: the model's name for others, written into a README.md. Raises OSError, or ValueError for a wrong size."""
     config = {"model_type": "vlmamba", **asdict(model.config)}
     tensors, left_out = unique_tensors(model)
-    files = {"config.json": partial(write_json, fields=config), "tokenizer.json": lambda path: model.tokenizer.save(str(path))}
-    save_together(folder, files | weight_files(tensors, max_shard_size, left_out or None))
+    own = {"config.json": partial(write_json, fields=config),
+           "tokenizer.json": lambda path: model.tokenizer.save(str(path))}
+    save_together(folder, own | weight_files(tensors, max_shard_size, left_out or None))
     path = Path(folder) / "README.md"
     if card is not None and (not path.exists() or _WRITTEN_BY_US in path.read_text(encoding="utf-8")):
         write_atomically(path, lambda part: part.write_text(model_card(model, card), encoding="utf-8"))
 
 
 def push_model(model, repo_id, private=None, token=None, message="Upload a VL-Mamba"):
-    "Saves a model with its card and uploads it to the Hugging Face Hub as `repo_id`, made if need be -> address. Raises the Hub's errors."
+    "Saves a model with its card and uploads it to the Hub as `repo_id`, made if need be -> address. Raises its errors."
     from huggingface_hub import HfApi
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -81,7 +83,7 @@ def push_model(model, repo_id, private=None, token=None, message="Upload a VL-Ma
 
 # %% ../../nbs/model/saving.ipynb #f2214223
 def model_files(folder):
-    """The files of a saved model in a folder, or on the Hub for a text 'user/name': config.json, tokenizer.json, one or more of weights.
+    """The files of a saved model in a folder or on the Hub: config.json, tokenizer.json, one or more of weights.
 
     Raises FileNotFoundError that names the first one missing, ValueError for a damaged index of shards."""
     find = file_finder(folder)
@@ -102,9 +104,9 @@ def _read_tokenizer(path):
 
 
 def load_model(model_class, folder, device="cpu", dtype=torch.float32):
-    """A model from a folder or the Hub ('user/name'), ready to answer, on `device`. dtype: of its weights, None for that of the files.
+    """A model from a folder or the Hub ('user/name'), ready to answer: filled tensor by tensor, no random number drawn.
 
-    Filled tensor by tensor, with no random number drawn. Raises FileNotFoundError, or a ValueError that names what does not fit."""
+    dtype: of its weights, None for that of the files. Raises FileNotFoundError, or ValueError with what is wrong."""
     config, tokenizer, *weights = model_files(folder)
     tokenizer = _read_tokenizer(tokenizer)
     with naming(config), torch.device("meta"):
@@ -137,7 +139,7 @@ NEOX = "EleutherAI/gpt-neox-20b"
 
 
 def check_source(part, source):
-    "Folders or Hub names, joined by '+', as a text. FileNotFoundError that names the part where what looks like a folder is none."
+    "Folders or Hub names, joined by '+', as a text. FileNotFoundError, naming the part, for a missing folder."
     whole = Path(source).expanduser()
     if whole.is_dir():
         return str(whole)
@@ -151,9 +153,9 @@ def check_source(part, source):
 
 
 def find_tokenizer(source, language):
-    """A `Tokenizer`: itself, that of a tokenizer.json, of a folder or Hub name; for None that of the language model, or GPT-NeoX's.
+    """A `Tokenizer`: itself, or that of a tokenizer.json, a folder or a Hub name.
 
-    Raises FileNotFoundError where there is none, ValueError for a damaged one."""
+    For None that of the language model, or GPT-NeoX's. FileNotFoundError without one, ValueError for a damaged one."""
     if isinstance(source, Tokenizer):
         return source
     if source is not None and Path(source).is_file():
@@ -163,6 +165,7 @@ def find_tokenizer(source, language):
         path = file_finder(place)("tokenizer.json")
     except FileNotFoundError as error:
         if source is not None or Path(place).is_dir():
-            raise FileNotFoundError(f"tokenizer: no tokenizer.json in {place}, need one, or the argument tokenizer") from error
+            text = f"tokenizer: no tokenizer.json in {place}, need one, or the argument tokenizer"
+            raise FileNotFoundError(text) from error
         path = file_finder(NEOX)("tokenizer.json")
     return _read_tokenizer(path)

@@ -25,7 +25,7 @@ def select_state(state, rows):
 
 
 class VLMamba(nn.Module):
-    "VL-Mamba (arXiv 2403.13600): vision encoder -> connector -> [visual; text] -> Mamba language model. `VLMamba(config, tokenizer)`."
+    "VL-Mamba (arXiv 2403.13600): vision encoder -> connector -> [visual; text] -> Mamba language model."
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -47,37 +47,37 @@ class VLMamba(nn.Module):
     # tensors in, tensors out
 
     def see(self, images):
-        "Pictures (b, 3, height, width) in [-1, 1] -> visual tokens (b, V, d_model) for the language model: equations 4 and 5."
-        features, grid = self.vision(images)                                                # (b, V, dim), (rows, columns)
+        "Pictures (b, 3, height, width) in [-1, 1] -> visual tokens (b, V, d_model): equations 4 and 5."
+        features, grid = self.vision(images)                                       # (b, V, dim), (rows, columns)
         return self.connector(features, grid)
 
     def read(self, images, state=None):
-        "Pictures (b, 3, height, width) -> the language model's state after them, or after `state` and them: all a question needs."
-        return self.language.hidden(inputs_embeds=self.see(images), state=state)[1]         # no logits: nothing is said yet
+        "Pictures (b, 3, height, width) -> the language model's state after them, or after `state` and them."
+        return self.language.hidden(inputs_embeds=self.see(images), state=state)[1]     # no logits: nothing is said yet
 
     def read_prefixes(self, batch):
         "The state after the pictures of each prefix of a `Batch` (p rows), or None for a batch without pictures."
         if not batch.images.numel():
             return None
         images = normalize(batch.images) if batch.images.dtype == torch.uint8 else batch.images
-        tokens = self.see(images.to(self.dtype))                                            # (n, V, d)
-        x = tokens[batch.prefixes.clamp(min=0)].flatten(1, 2)                               # (p, most · V, d)
-        mask = (batch.prefixes >= 0).repeat_interleave(tokens.shape[1], 1)                  # (p, most · V): where there is a picture
+        tokens = self.see(images.to(self.dtype))                                   # (n, V, d)
+        x = tokens[batch.prefixes.clamp(min=0)].flatten(1, 2)                      # (p, most · V, d)
+        mask = (batch.prefixes >= 0).repeat_interleave(tokens.shape[1], 1)         # (p, most · V): where a picture is
         return self.language.hidden(inputs_embeds=x, mask=mask)[1]
 
     def forward(self, batch):
-        """A `Batch` of texts about pictures -> LMOutput: the loss (None without labels) and logits (lines, T, vocab_size) of the text.
+        """A `Batch` of texts about pictures -> LMOutput: loss (None without labels) and logits (lines, T, vocab_size).
 
-        Equation 7 with each picture read once: every text goes on from the state of its pictures and sees nothing of its neighbours."""
+        Equation 7 with each picture read once: every text goes on from the state of its own pictures."""
         states = self.read_prefixes(batch)                                                  # (p, ...)
         if len(batch.prefix_of) == len(batch.input_ids):                                    # one text a line
             state = states and select_state(states, batch.prefix_of[batch.starts[:, 0]])    # (lines, ...)
             return self.language(batch.input_ids, mask=batch.mask, state=state, labels=batch.labels, return_state=False)
-        # packed: several texts a line. It is read in pieces; at each column where texts begin, their lines get a new state.
+        # Packed lines are read in pieces: at each column where texts begin, their lines get a new state.
         cuts = (batch.starts >= 0).any(0).nonzero().flatten().tolist() + [batch.starts.shape[1]]
         state, logits = None, []
         for start, end in zip(cuts, cuts[1:]):
-            text = batch.starts[:, start]                                                   # (lines,): number of the text, or -1
+            text = batch.starts[:, start]                                          # (lines,): number of a text, or -1
             new = states and select_state(states, batch.prefix_of[text.clamp(min=0)])
             if new is None and state is not None:
                 new = [type(s)(*map(torch.zeros_like, s)) for s in state]
@@ -86,14 +86,14 @@ class VLMamba(nn.Module):
                 new = [type(s)(*map(torch.where, b, n, s)) for b, n, s in zip(begins, new, state)]
             out = self.language(batch.input_ids[:, start:end], mask=batch.mask[:, start:end], state=new)
             state, logits = out.state, [*logits, out.logits]
-        logits = torch.cat(logits, 1)                                                       # (lines, T, vocab_size)
+        logits = torch.cat(logits, 1)                                              # (lines, T, vocab_size)
         loss = None if batch.labels is None else next_token_loss(logits, batch.labels, batch.mask)
         return LMOutput(loss, logits, None)
 
     # pictures and sentences in, answers out
 
     def pixels(self, image):
-        "A PIL picture as the vision encoder reads it: (1, 3, height, width) in [-1, 1]. A pretrained encoder brings its own preparation."
+        "A PIL picture as the vision encoder reads it, which may bring its own preparation: (1, 3, height, width)."
         preprocess = getattr(self.vision, "preprocess", None)
         if preprocess is None:
             pixels = normalize(process_images([image], self.config.vision["image_size"]))
@@ -103,9 +103,9 @@ class VLMamba(nn.Module):
 
     @torch.no_grad()
     def read_image(self, image, state=None):
-        """A PIL picture -> the state after it (one row), or after `state` and it. A further question costs its own tokens.
+        """A PIL picture -> the state after it (one row), or after `state` and it; always in evaluation mode.
 
-        Always in evaluation mode. Raises ValueError for what is no picture, and for a state of another model."""
+        Raises ValueError for an image that is no picture, and for a state of another model."""
         if state is not None:
             check_state(self, state)
         pixels, training = self.pixels(image), self.training
@@ -123,7 +123,7 @@ class VLMamba(nn.Module):
 
         Raises ValueError for words it cannot read."""
         prompt = PromptFormat(self.tokenizer, template)
-        ids = torch.tensor([prompt.encode(question)], device=self.device)                   # words first: they may be wrong
+        ids = torch.tensor([prompt.encode(question)], device=self.device)               # words first: they may be wrong
         new = self.language.generate(ids, max_new_tokens, prompt.stops, state=self.state_of(image))[0, ids.shape[1]:]
         return prompt.decode(new.tolist())
 
@@ -134,28 +134,31 @@ class VLMamba(nn.Module):
     # from names and files, and back
 
     @classmethod
-    def from_preset(cls, name, tokenizer=None, weights="random", device="cpu", dtype=torch.float32, vocab_size=None, **changes):
+    def from_preset(cls, name, tokenizer=None, weights="random", device="cpu", dtype=torch.float32, vocab_size=None,
+                    **changes):
         """The model of a preset or of a row of `ABLATIONS`, `override`n by changes.
 
-        weights: "random" (device="meta" for shapes alone), "published", or {"vision": , "language": [, "connector": ]}, folders
-        or Hub names, the last one a saved model. Raises FileNotFoundError or ValueError that names the argument."""
+        weights: "random" (device="meta" for shapes alone), "published", or a dict of vision, language and perhaps
+        connector, folders or Hub names, the last one a saved model. Raises FileNotFoundError or ValueError."""
         if weights == "random":
             words = tokenizer.get_vocab_size() if vocab_size is None and tokenizer is not None else vocab_size
             with torch.device(device):
                 return cls(preset_config(name, words, **changes), tokenizer).to(dtype)
         sources = dict(check_weights(published_sources(name, **changes) if weights == "published" else weights))
         config, trained = preset_config(name, vocab_size or 1, **changes), sources.pop("connector", None)
-        model = cls.from_parts(**sources, connector=config.connector, connector_args=config.connector_args, tokenizer=tokenizer,
-                               device=device, dtype=dtype, image_size=384 if sources["vision"] == DINOV2 else None)
+        model = cls.from_parts(**sources, connector=config.connector, connector_args=config.connector_args,
+                               tokenizer=tokenizer, device=device, dtype=dtype,
+                               image_size=384 if sources["vision"] == DINOV2 else None)
         return model if trained is None else load_connector(model, trained)
 
     @classmethod
     def from_parts(cls, vision, language, connector="vss_l2", connector_args=None, tokenizer=None, device="cpu",
                    dtype=torch.float32, image_size=None):
-        """A model from a pretrained encoder and language model, with a new connector (drawn from PyTorch's global generator).
+        """A model from a pretrained encoder and language model, with a new connector of random weights.
 
         vision: as of `load_encoder`, with image_size; language: as of `MambaLM.from_pretrained`; tokenizer: as of
-        `find_tokenizer`. Raises FileNotFoundError for a part that is not there, and ValueError for one that does not fit."""
+        `find_tokenizer`. Raises FileNotFoundError for a part that is not there, and ValueError for one that does not
+        fit."""
         vision, language = check_source("vision", vision), check_source("language", language)
         tokenizer = find_tokenizer(tokenizer, language)
         lm = MambaLM.from_pretrained(language, device=device, dtype=dtype, vocab_size=tokenizer.get_vocab_size())
@@ -169,25 +172,26 @@ class VLMamba(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
-        """A model from a folder or the Hub ('user/name'), ready to answer. dtype: of its weights, None for that of the files.
+        """A model from a folder or the Hub ('user/name'), ready to answer.
 
-        Raises FileNotFoundError, or a ValueError that names what does not fit."""
+        dtype: of its weights, None for that of the files. Raises FileNotFoundError or ValueError."""
         return load_model(cls, folder, device, dtype)
 
     def save_pretrained(self, folder, card=None, max_shard_size="5GB"):
         """Writes weights (in shards above `max_shard_size`), config.json and tokenizer.json: all or none.
 
-        card: the model's name for others, written into a README.md. Raises OSError, and ValueError for a size that is none."""
+        card: the model's name for others, written into a README.md."""
         save_model(self, folder, card, max_shard_size)
 
     def push_to_hub(self, repo_id, private=None, token=None, message="Upload a VL-Mamba"):
-        "Uploads the model with its card to the Hugging Face Hub as `repo_id`, made if need be -> address. Raises the Hub's errors."
+        "Uploads the model with its card to the Hugging Face Hub as `repo_id`, made if need be -> address."
         return push_model(self, repo_id, private, token, message)
 
 # %% ../../nbs/model/15_vlmamba.ipynb #e597ade6
 @torch.no_grad()
 def picture_tokens(model, image):
-    "What a model's connector reads of a PIL picture, in evaluation mode: tokens (1, V, dim) and their grid (rows, columns)."
+    """What a model's connector reads of a PIL picture, in evaluation mode: tokens (1, V, dim) and their grid (rows,
+    columns)."""
     pixels, training = model.pixels(image), model.training
     try:
         return model.eval().vision(pixels)
