@@ -32,15 +32,15 @@ def train_step(learner, optimizers, batches, lr, clip, processes):
 
     learner(batch) is a mean loss. A loss or gradient that is not finite is a `FloatingPointError`, before a weight has changed.
     """
-    counts = [learned_tokens(batch) for batch in batches]
-    total = processes.sum(torch.tensor(float(sum(counts)), device=processes.device))   # of all processes, or a short answer would count more
+    counts = torch.tensor([float(learned_tokens(batch)) for batch in batches], device=processes.device)
+    shares = counts * processes.count / processes.sum(counts.sum())    # by tokens of all processes, or a short answer would count more
     learner.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=processes.device)
-    for i, (batch, count) in enumerate(zip(batches, counts)):
+    for i, (batch, share) in enumerate(zip(batches, shares)):
         with processes.hold(learner, i < len(batches) - 1):            # gradients travel between processes once a step
-            part = learner(batch.to(processes.device)) * (count * processes.count / total)
+            part = learner(batch.to(processes.device)) * share
             part.backward()                                            # one micro-batch at a time: its activations are freed here
-        loss += part.detach() / processes.count                        # processes average their gradients, hence the two factors
+        loss += part.detach() / processes.count                        # processes average their gradients, hence the factor in `shares`
     norm = nn.utils.clip_grad_norm_(learner.parameters(), clip)        # one strange batch must not throw the weights far
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     loss, norm = torch.stack([processes.sum(loss), norm]).tolist()     # the only time in a step that the CPU waits for a GPU
@@ -90,10 +90,11 @@ def accumulation(stage, processes=1):
 
 
 def micro_batches(source, stage, processes=1, process=0, start=0, workers=0):
-    "Yields, for each step of a stage from `start` on, the list of micro-batches of one process. source: a `Batches`."
+    "Yields, for each step of a stage from `start` on, the list of micro-batches of one process. source: `Batches` or `VQABatches`."
     each = accumulation(stage, processes)
-    source = replace(source, batch_size=stage.batch_size // (each * processes))
-    mine = range(start * each * processes + process, stage.steps * each * processes, processes)
+    parts = each * processes                                           # source[step * parts + part] is a part of the step's batch
+    source = replace(source, batch_size=stage.batch_size, parts=parts)
+    mine = range(start * parts + process, stage.steps * parts, processes)
     loader = iter(DataLoader(source, batch_size=None, sampler=mine, num_workers=workers))
     for _ in range(start, stage.steps):
         yield [next(loader) for _ in range(each)]
