@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from vlmamba_lite.data import VQABatches, batch_loss
+from vlmamba_lite.files import tensors_in
 from vlmamba_lite.model import CONNECTORS, VLMamba
 from vlmamba_lite.training import results
-from vlmamba_lite.training.checkpoints import latest_checkpoint, read_state, stored_tensors, write_folder
+from vlmamba_lite.training.checkpoints import latest_checkpoint, read_state, write_folder
 from vlmamba_lite.training.distributed import Processes
 from vlmamba_lite.training.loop import Learner, train, train_stage, train_step
 from vlmamba_lite.training.optimizers import Muon, build_optimizers, newton_schulz, parameter_groups
@@ -37,7 +38,7 @@ def fit(model, data, stage, folder=None, seed=0, evaluate=None, questions=3, **o
 
 
 def read_tensors(folder, stem):
-    return dict(stored_tensors(folder, stem))
+    return {name: read() for name, _, read in tensors_in(*sorted(folder.glob(f"{stem}*.safetensors")))}
 
 
 def randn(*shape, seed=0, dtype=torch.float64):

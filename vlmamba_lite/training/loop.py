@@ -17,9 +17,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..data import batch_loss, collate_packed
+from ..data import collate_packed
 from ..language_model import real_labels
-from ..model import picture_pixels
 from .checkpoints import has_checkpoint
 from .distributed import Processes, main_process
 from .recipes import count_steps, learning_rate, set_modes
@@ -111,19 +110,18 @@ class Learner(nn.Module):
     def __init__(self, model, precision="fp32"):
         super().__init__()
         self.model, self.precision, self.visual_tokens = model, precision, 0
-        self.blank = picture_pixels(model, Image.new("RGB", (32, 32))).to(next(model.parameters()).dtype)
+        self.blank = model.pixels(Image.new("RGB", (32, 32)))
+        self.hook = model.connector.register_forward_hook(self.count)
 
-    def see(self, images):
-        tokens = self.model.see(images)
+    def count(self, connector, args, tokens):
         self.visual_tokens += tokens.shape[0] * tokens.shape[1]
-        return tokens
 
     def forward(self, batch):
         if not batch.images.numel():       # all processes must run the same modules: a black picture that belongs to no text, its gradient is 0
             nowhere = dict(prefixes=torch.tensor([[0], [-1]]), prefix_of=torch.ones_like(batch.prefix_of))
             batch = replace(batch, images=self.blank, **nowhere).to(self.model.device)
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return batch_loss(self.model.language, batch, self.see)
+            return self.model(batch).loss
 
 # %% ../../nbs/training/17_loop.ipynb #b0b5acf7
 def train(model, stages, sources, folder=None, seed=0, evaluate=None, resume=False, on_step=None, on_check=None, log_every=10,
@@ -188,7 +186,7 @@ def validation_loss(model, batches, count):
     losses, weights, was_training = [], [], model.training
     try:
         for batch in DataLoader(batches, batch_size=None, sampler=range(count)):
-            losses.append(batch_loss(model.eval().language, batch.to(model.device), model.see).item())
+            losses.append(model.eval()(batch.to(model.device)).loss.item())
             weights.append(learned_tokens(batch))
     finally:
         model.train(was_training)

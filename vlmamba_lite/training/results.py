@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..language_model import write_atomically
+from ..files import write_atomically, write_json
 
 # %% ../../nbs/training/results.ipynb #37897170
 class StopRequest:
@@ -165,7 +165,7 @@ def write_run_config(folder, resume=False, **settings):
     if resume:
         for name, got, need in differences(settings, json.loads(path.read_text(encoding="utf-8"))):
             raise ValueError(f"{name}: got {got}, need {need}, with which this run began")
-    write_atomically(path, lambda part: part.write_text(json.dumps(settings, indent=2) + "\n"))
+    write_json(path, settings)
 
 # %% ../../nbs/training/results.ipynb #924913d0
 def plot_curves(metrics, path=None):
@@ -213,5 +213,4 @@ def provenance():
 
 def write_result(path, **result):
     "A result file: `result` and where it comes from, as JSON, written atomically."
-    text = json.dumps({**result, **provenance()}, indent=2)
-    write_atomically(path, lambda part: part.write_text(text + "\n"))
+    write_json(path, {**result, **provenance()})
