@@ -98,7 +98,7 @@ def save_model(school, folder, seed):
     from vlmamba_lite.model import VLMamba, tiny_config
     torch.manual_seed(seed)
     model = VLMamba(tiny_config(school[0].get_vocab_size()), school[0])
-    model.save_pretrained(folder, shard_size=20_000)                     # as many shards, of the same names
+    model.save_pretrained(folder, max_shard_size=20_000)                     # as many shards, of the same names
 
 
 def child(school, order):
