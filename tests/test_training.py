@@ -24,8 +24,8 @@ from vlmamba_lite.training.distributed import Processes
 from vlmamba_lite.training.loop import Learner, train, train_stage, train_step
 from vlmamba_lite.training.optimizers import Muon, build_optimizers, newton_schulz, parameter_groups
 from vlmamba_lite.training.recipes import Stage, learning_rate, pick_recipe
-from vlmamba_lite.training.results import (RUN_CONFIG, MetricsLog, StopRequest, Stopwatch, plot_curves, provenance, read_metrics, write_result,
-                                           write_run_config)
+from vlmamba_lite.training.results import (RUN_CONFIG, MetricsLog, StopRequest, Stopwatch, plot_curves, prefix_reuse_cost, provenance, read_metrics,
+                                           write_result, write_run_config)
 
 SHORT = replace(pick_recipe("lite")[0], steps=9, batch_size=8, evaluations=3)
 COMBINATIONS = [(connector, mixer) for connector in CONNECTORS for mixer in ("mamba", "mamba2")]
@@ -603,3 +603,12 @@ def test_provenance_is_not_that_of_another_repository(monkeypatch, tmp_path):
     subprocess.run([*git, "commit", "-q", "-m", "theirs"], cwd=tmp_path, check=True)
     monkeypatch.setattr(results, "__file__", str(installed / "results.py"))
     assert provenance()["commit"] == f"release {vlmamba_lite.__version__}"
+
+
+def test_prefix_reuse_cost(make_model, small):
+    model = make_model().train()
+    cost = prefix_reuse_cost(model, small.train, questions=2, repeats=1)
+    assert set(cost) == {"questions", "pictures", "repeats", "once_cpu_seconds", "repeated_cpu_seconds", "ratio"}
+    assert (cost["questions"], cost["pictures"], cost["repeats"]) == (2, 32, 1) and cost["once_cpu_seconds"] > 0
+    assert cost["ratio"] == pytest.approx(cost["repeated_cpu_seconds"] / cost["once_cpu_seconds"])
+    assert all(p.grad is None for p in model.parameters())

@@ -1,8 +1,6 @@
 """Transition only: the names of the former module `vlmamba_lite.training`, for rooms that still import them. To be emptied."""
 import importlib.util  # noqa: F401
-import time
 from dataclasses import dataclass
-from statistics import median
 
 import numpy as np
 import torch
@@ -135,21 +133,6 @@ def accumulate(learner, batches, processes):
         part.backward()
         loss = loss + part.detach()
     return loss
-
-
-def prefix_reuse_cost(model, data, questions=8, repeats=7, seed=0):
-    config = TrainingConfig(questions=questions)
-    images, ids, labels = make_batch(data, config, seed, step=config.steps - 1)
-    forms = {"once": images, "repeated": images.repeat_interleave(questions, 0)}
-    spent = {name: [] for name in forms}
-    for _ in range(repeats + 1):
-        for name, seen in forms.items():
-            began = time.process_time()
-            model(seen, ids, labels).loss.backward()
-            spent[name].append(time.process_time() - began)
-            model.zero_grad()
-    once, repeated = (median(spent[name][1:]) for name in forms)
-    return dict(questions=questions, pictures=len(images), repeats=repeats, once_cpu_seconds=once, repeated_cpu_seconds=repeated, ratio=repeated / once)
 
 
 __all__ = [name for name in dir() if not name.startswith("_") and name not in ("annotations",)]
