@@ -42,7 +42,7 @@ def train_step(learner, optimizers, batches, lr, clip, processes):
         loss += part.detach() / processes.count                        # processes average their gradients, hence the factor in `shares`
     norm = nn.utils.clip_grad_norm_(learner.parameters(), clip)        # one strange batch must not throw the weights far
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    loss, norm = torch.stack([processes.sum(loss), norm]).tolist()     # the only time in a step that the CPU waits for a GPU
+    loss, norm = torch.stack([processes.sum(loss), norm]).tolist()     # the one place where the loop waits for a GPU
     for name, value in (("loss", loss), ("gradient: norm", norm)):     # a finite loss can have a gradient that is not
         if not math.isfinite(value):
             raise FloatingPointError(f"{name}: got {value}, need a finite number")
@@ -72,7 +72,7 @@ def train_stage(run, stage, done=0):
         done += 1
         run.report(stage, done, loss, lr, batches)                     # progress bar, metrics.jsonl, trackers
         if done == stage.steps:
-            run.end(stage)                                             # proves that what was frozen has not moved
+            run.end(stage)                                             # checks that what was frozen has not moved
         if done in checks:
             run.save(stage, done)                                      # validates first: the checkpoint knows its score
     if done not in checks:                                             # stopped between two checks
