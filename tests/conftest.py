@@ -30,7 +30,8 @@ def interruptible():
 @pytest.fixture(scope="session")
 def small():
     "40 pictures of easy-VQA's training split: `.rows` as on disk, their `.tokenizer`, `.data` and, with captions, `.train` as `VQASet`s."
-    from vlmamba_lite.data import build_set, build_tokenizer, load_easy_vqa
+    from vlmamba_lite.data.conversations import build_tokenizer
+    from vlmamba_lite.data.easy_vqa import build_set, load_easy_vqa
     rows = load_easy_vqa("train").select(range(0, 3600, 90))
     tokenizer = build_tokenizer(text for name in ("questions", "answers") for texts in rows[name] for text in texts)
     return SimpleNamespace(rows=rows, tokenizer=tokenizer, data=build_set(rows, tokenizer), train=build_set(rows, tokenizer, captions=True))

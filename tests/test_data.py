@@ -217,7 +217,7 @@ def test_a_turn_is_question_answer_eos(tokenizer):
 
 @pytest.mark.parametrize("answer", ["turquoise", "Blue", "", " ", "<eos>", "<pad> blue", "blue turquoise", "blue  circle"])
 def test_a_mask_that_does_not_decode_to_the_answer_is_refused(tokenizer, answer):
-    with pytest.raises(ValueError, match="turn 'what color is the shape\\?': the labels decode to .*, need the answer"):
+    with pytest.raises(ValueError, match="'what color is the shape\\?'"):
         D.encode_turn(tokenizer, "what color is the shape?", answer)
 
 
@@ -385,7 +385,7 @@ def test_build_set_refuses_broken_rows(splits, tokenizer):
         D.build_set(broken([["is a circle present?"]] * 1 + [["is a circle present?"] * 2], [["no"], ["no"]]), tokenizer)
     with pytest.raises(ValueError, match="data: picture 0 has 0 questions"):
         D.build_set(broken([[], ["is a circle present?"]], [[], ["no"]]), tokenizer)
-    with pytest.raises(ValueError, match="question: got words this model has never read: zebra"):
+    with pytest.raises(ValueError, match="the tokenizer has no tokens for all of 'is a zebra present"):
         D.build_set(broken([["is a zebra present?"]], [["no"]]), tokenizer)
     with pytest.raises(ValueError, match="data: got no pictures"):
         D.build_set(splits["test"].select([]), tokenizer)
@@ -517,10 +517,10 @@ def test_rows_of_weight_zero_are_still_drawn_evenly():
     assert np.abs(np.bincount(rows[:, 1], minlength=4) / 30_000 - np.array([1, 1, 0, 1]) / 3).max() < 0.01
 
 
-@pytest.mark.parametrize("weights", [(1, 1, 1, 1), (1, 1, 1, 1, -1), (0, 0, 0, 0, 0), (1, 1, 1, 1, float("nan")), (1, 1, 1, 1, float("inf")), 1])
+@pytest.mark.parametrize("weights", [(1, 1, 1), (1, 1, 1, 1, -1), (0, 0, 0, 0, 0), (1, 1, 1, 1, float("nan")), (1, 1, 1, 1, float("inf")), 1])
 def test_refuses_weights(weights):
-    with pytest.raises(ValueError, match="weights: got .*, need 5 numbers, none negative and not all 0"):
-        D.draw_questions(np.array([[0]]), np.array([0]), weights, 1, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="weights: got .*, need a number for each type, none negative and not all 0"):
+        D.draw_questions(np.array([[0]]), np.array([3]), weights, 1, np.random.default_rng(0))
 
 
 def test_refuses_counts_and_pictures_without_rows():
