@@ -4,18 +4,16 @@
 
 # %% auto #0
 __all__ = ['SCAN_SHAPES', 'LONGEST', 'SSD_SHAPES', 'CARDS', 'BLOCKS', 'WRITING', 'peer', 'scan_inputs_of', 'mambapy_scan',
-           'scan_peers', 'compare_scans', 'first_compilation', 'compare_compiled', 'scan_lengths', 'bench_scan',
-           'ssd_inputs_of', 'ssd_peer', 'synchronised', 'time_ssd_on_gpu', 'bench_ssd', 'block_parts', 'mamba_peer',
-           'bench_block', 'bench_directions', 'scaling_models', 'bench_scaling', 'exponents', 'card_limits',
-           'step_operations', 'runnable_blocks', 'use_blocks', 'random_model', 'random_rows', 'most_held',
-           'training_form', 'bench_training', 'gpu_name', 'writing_form', 'bench_generation']
+           'scan_peers', 'compare_scans', 'scan_lengths', 'bench_scan', 'ssd_inputs_of', 'ssd_peer', 'synchronised',
+           'time_ssd_on_gpu', 'bench_ssd', 'block_parts', 'mamba_peer', 'bench_block', 'bench_directions',
+           'scaling_models', 'bench_scaling', 'exponents', 'card_limits', 'step_operations', 'runnable_blocks',
+           'use_blocks', 'random_model', 'random_rows', 'most_held', 'training_form', 'bench_training', 'gpu_name',
+           'writing_form', 'bench_generation']
 
 # %% ../../nbs/evaluation/benchmarks.ipynb #5ef2fd65
 import importlib
 import importlib.util
 import itertools
-import os
-import tempfile
 from dataclasses import replace
 from functools import partial
 
@@ -26,13 +24,12 @@ from PIL import Image
 
 from ..data.batches import Batch
 from .cost import (compared, fit_power, peak_bytes, read_in_pieces, side_by_side, state_bytes,
-                                          timed_turn, training_step)
+                                          training_step)
 from ..language_model import MambaConfig, MambaLM
 from ..mamba import Mamba, causal_conv1d, conv_backends
 from ..mamba2 import Mamba2
 from ..model import MODEL_PRESETS, VLMamba, count_parameters, picture_pixels
 from ..scan import backends, selective_scan
-from ..scan_parallel import selective_scan_chunked, selective_scan_cpp
 from ..ssd import ssd, ssd_backends, ssd_chunked
 from ..training.distributed import Processes
 from ..training.loop import Learner, train_step
@@ -89,30 +86,6 @@ def compare_scans(repeats=5, seed=0):
     return rows
 
 
-def first_compilation(run):
-    "Wall seconds of the first run of something that torch.compile compiles, with an empty cache."
-    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
-        try:
-            return timed_turn(run, 1)[0]
-        finally:
-            os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
-            os.environ.update({} if before is None else {"TORCHINDUCTOR_CACHE_DIR": before})
-
-
-def compare_compiled(shapes=((8, 256, 128, 16), (2, 1536, 1024, 16)), repeats=5, seed=0):
-    "The chunked scan, its chunk compiled by `torch.compile`, and fused in C++; and how long `torch.compile` takes."
-    forms = {"chunked": selective_scan_chunked, "compiled": partial(selective_scan_chunked, compiled=True),
-             "cpp": selective_scan_cpp}
-    rows = []
-    for shape in shapes:
-        steps = {name: training_step(form, scan_inputs_of(shape, seed)) for name, form in forms.items()}
-        seconds = first_compilation(steps["compiled"])
-        rows.append(dict(shape=shape, compile_seconds=seconds, **side_by_side(steps, repeats)))
-    return rows
-
-
 def scan_lengths(first=16, batch=1, channels=64, states=16, repeats=5, seed=0):
     "Seconds and peak bytes of forward and backward for lengths 16, 32, ...: a dict for each scan and length."
     scans = {name: partial(selective_scan, backend=name) for name in LONGEST if name != "transformers"}
@@ -129,8 +102,7 @@ def scan_lengths(first=16, batch=1, channels=64, states=16, repeats=5, seed=0):
 
 def bench_scan(repeats=5, seed=0):
     "Everything the course says about the cost of a scan."
-    return dict(peers=compare_scans(repeats, seed), compiled=compare_compiled(repeats=repeats, seed=seed),
-                lengths=scan_lengths(repeats=repeats, seed=seed))
+    return dict(peers=compare_scans(repeats, seed), lengths=scan_lengths(repeats=repeats, seed=seed))
 
 # %% ../../nbs/evaluation/benchmarks.ipynb #8fb24ec4
 SSD_SHAPES = (8, 128, 8, 32, 64), (2, 1024, 24, 64, 128)         # (b, L, H, P, N): as in `lite`, and in mamba2-130m
