@@ -2,7 +2,7 @@
 import torch
 from measures import rms_error
 
-from vlmamba_lite.scan import backends
+from vlmamba_lite.ops.selective_scan import backends
 
 REFERENCE = "reference"
 OURS = [name for name, reason in backends().items() if reason is None and name not in ("triton", "mamba_ssm")]     # plain PyTorch or C++, in float64 too

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scan_cases import DIFFERENTIABLE, FAST, OURS, REFERENCE, assert_near, cast, draw, outputs_and_gradients
 
-from vlmamba_lite.scan import backends, selective_scan
-from vlmamba_lite.scan_parallel import selective_scan_chunked
-from vlmamba_lite.scan_reference import selective_scan_reference
+from vlmamba_lite.ops.selective_scan import backends, selective_scan
+from vlmamba_lite.ops.chunked import selective_scan_chunked
+from vlmamba_lite.ops.reference import selective_scan_reference
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 many = settings(max_examples=100, deadline=None, derandomize=True)

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scan_cases import assert_near, cast, draw, outputs_and_gradients
 
-from vlmamba_lite import scan_parallel
-from vlmamba_lite.scan import backends, selective_scan
-from vlmamba_lite.scan_parallel import FusedScan, selective_scan_chunked, selective_scan_cpp
-from vlmamba_lite.scan_reference import selective_scan_reference
+from vlmamba_lite.ops import cpp
+from vlmamba_lite.ops.cpp import FusedScan, selective_scan_cpp
+from vlmamba_lite.ops.reference import selective_scan_reference
+from vlmamba_lite.ops.selective_scan import backends, selective_scan
 
-pytestmark = pytest.mark.skipif(scan_parallel.without_compiler() is not None, reason=str(scan_parallel.without_compiler()))
+pytestmark = pytest.mark.skipif(cpp.without_compiler() is not None, reason=str(cpp.without_compiler()))
 
 
 @pytest.fixture
@@ -89,9 +89,9 @@ def test_strided_and_expanded_inputs():
 
 @pytest.fixture
 def small_kernel(monkeypatch, tmp_path):
-    monkeypatch.setattr(scan_parallel, "KERNEL", 'extern "C" int seven() { return 7; }\n')
+    monkeypatch.setattr(cpp, "KERNEL", 'extern "C" int seven() { return 7; }\n')
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return scan_parallel.fused_library.__wrapped__
+    return cpp.fused_library.__wrapped__
 
 
 def test_built_once_for_a_machine(small_kernel, tmp_path, monkeypatch):
@@ -100,12 +100,12 @@ def test_built_once_for_a_machine(small_kernel, tmp_path, monkeypatch):
     assert len(built) == 1 and built[0].suffix == ".so"
     stamp = built[0].stat().st_mtime_ns
     assert small_kernel().seven() == 7 and built[0].stat().st_mtime_ns == stamp
-    monkeypatch.setattr(scan_parallel, "KERNEL", 'extern "C" int seven() { return 8; }\n')
+    monkeypatch.setattr(cpp, "KERNEL", 'extern "C" int seven() { return 8; }\n')
     assert small_kernel().seven() == 8 and len(list((tmp_path / "vlmamba_lite").iterdir())) == 2
 
 
 def test_two_processes_build_at_the_same_time(small_kernel, tmp_path):
-    code = ("from vlmamba_lite import scan_parallel as s; s.KERNEL = 'extern \"C\" int seven() { return 7; }'; "
+    code = ("from vlmamba_lite.ops import cpp as s; s.KERNEL = 'extern \"C\" int seven() { return 7; }'; "
             "assert s.fused_library().seven() == 7")
     both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [p.wait() for p in both] == [0, 0]
@@ -113,7 +113,7 @@ def test_two_processes_build_at_the_same_time(small_kernel, tmp_path):
 
 
 def test_source_that_does_not_compile(small_kernel, monkeypatch, tmp_path):
-    monkeypatch.setattr(scan_parallel, "KERNEL", "int f( {")
+    monkeypatch.setattr(cpp, "KERNEL", "int f( {")
     with pytest.raises(RuntimeError, match="backend 'cpp': the compiler cannot build the kernel: .*error"):
         small_kernel()
     assert not list((tmp_path / "vlmamba_lite").iterdir())          # nothing half-built is left
@@ -130,26 +130,15 @@ def test_no_compiler(monkeypatch):
 
 def test_the_structure_has_the_kernels_fields():
     "Sixteen pointers and eleven numbers, as in the C++ `Scan`."
-    assert ctypes.sizeof(scan_parallel._Scan) == 8 * (16 + 11)
-    for name, _ in scan_parallel._Scan._fields_:
-        assert name in scan_parallel.KERNEL.partition("struct Scan {")[2].partition("};")[0]
+    assert ctypes.sizeof(cpp._Scan) == 8 * (16 + 11)
+    for name, _ in cpp._Scan._fields_:
+        assert name in cpp.KERNEL.partition("struct Scan {")[2].partition("};")[0]
 
 
 def test_tensors_elsewhere():
     args = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in draw().items()}
     with pytest.raises(RuntimeError, match="backend 'cpp': got tensors on meta, needs them on the CPU"):
         selective_scan_cpp(**args)
-
-
-# --- the same chunks under torch.compile ----------------------------------------------------------------------------------
-
-def test_compiled_chunks():
-    "Two full chunks and a short one; B in groups and C constant, so that both kinds go through the compiler."
-    args = draw(2, 4, 11, 3, b_form=2, c_form="constant")
-    want = outputs_and_gradients(selective_scan_reference, args)
-    got = outputs_and_gradients(selective_scan_chunked, args, torch.float32, chunk_size=4, compiled=True)
-    assert_near(got[0], want[0], 2e-6)
-    assert_near(got[1], want[1], 1e-5)
 
 
 def test_direct_use_of_the_function():

@@ -4,7 +4,7 @@ import torch
 from scan_cases import cast, draw
 
 from vlmamba_lite.benchmark import peak_bytes
-from vlmamba_lite.scan import selective_scan
+from vlmamba_lite.ops.selective_scan import selective_scan
 
 
 def in_inputs(n, length, channels=64, form=1, **kwargs):

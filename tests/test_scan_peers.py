@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from scan_cases import OURS, assert_near, cast, draw, outputs_and_gradients
 
-from vlmamba_lite.scan import backends, selective_scan
+from vlmamba_lite.ops.selective_scan import backends, selective_scan
 
 GOLDEN = Path(__file__).resolve().parent.parent / "data" / "golden" / "selective_scan.safetensors"
 CASES = {                                                           # what the official function can do: no initial state

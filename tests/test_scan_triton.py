@@ -81,7 +81,7 @@ def test_segments_are_a_plain_function_of_the_shape(tmp_path):
 # --- behind the one door ------------------------------------------------------------------------------------------------
 
 def test_the_door_says_why_not():
-    from vlmamba_lite.scan import backends, selective_scan
+    from vlmamba_lite.ops.selective_scan import backends, selective_scan
     o = torch.ones(1, 1, 1)
     if torch.cuda.is_available():
         assert backends()["triton"] is None
@@ -93,24 +93,24 @@ def test_the_door_says_why_not():
 
 def test_the_library_works_without_triton(tmp_path):
     code = "import sys; sys.modules['triton'] = None\nimport torch; torch.cuda.is_available = lambda: True\n" \
-           "from vlmamba_lite.scan import backends, selective_scan\no = torch.ones(1, 1, 1)\n" \
+           "from vlmamba_lite.ops.selective_scan import backends, selective_scan\no = torch.ones(1, 1, 1)\n" \
            "print(backends()['triton'], selective_scan(o, o, -o[0], o[0], o[0]).item())"
     assert python("-c", code, folder=tmp_path).startswith("triton does not import (ModuleNotFoundError: ")
 
 
 def test_the_door_takes_triton_for_cuda_tensors(monkeypatch):
-    from vlmamba_lite import scan
+    from vlmamba_lite.ops import selective_scan as module
 
     class OnCuda(torch.Tensor):
         is_cuda = True
 
     def choice(dtype=torch.float32, n=16):
-        return scan._automatic(torch.ones(1, 1, 1, dtype=dtype).as_subclass(OnCuda), torch.ones(1, n))
+        return module.resolve("auto", torch.ones(1, 1, 1, dtype=dtype).as_subclass(OnCuda), torch.ones(1, n))
 
-    monkeypatch.setattr(scan, "_without_triton", lambda: None)
+    monkeypatch.setattr(module, "_without_triton", lambda: None)
     assert choice() == choice(torch.bfloat16) == "triton"
-    assert choice(torch.float64) == choice(n=257) == scan._automatic(torch.ones(1, 1, 1), torch.ones(1, 16)) == "chunked"
-    monkeypatch.setattr(scan, "_without_triton", lambda: "no")
+    assert choice(torch.float64) == choice(n=257) == module.resolve("auto", torch.ones(1, 1, 1), torch.ones(1, 16)) == "chunked"
+    monkeypatch.setattr(module, "_without_triton", lambda: "no")
     assert choice() == "chunked"
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from vlmamba_lite.ssd import (
+from vlmamba_lite.ops.ssd import (
     decay_matrix,
     prepare_dt,
     segment_sum,

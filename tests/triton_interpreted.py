@@ -9,7 +9,7 @@ import torch
 from scan_cases import DIFFERENTIABLE, assert_near, cast, draw, outputs_and_gradients
 
 from vlmamba_lite import scan_triton
-from vlmamba_lite.scan_reference import selective_scan_reference
+from vlmamba_lite.ops.reference import selective_scan_reference
 from vlmamba_lite.scan_triton import INTERPRETED, _PLACES, _scan_backward_op, _scan_op, selective_scan_triton
 from vlmamba_lite.vss import SS2D, VSS, _kept_order, _order_once, scan_order
 
@@ -372,7 +372,7 @@ def test_bench_picture_compares_two_ways(monkeypatch):
 
 
 def test_behind_the_one_door():
-    from vlmamba_lite.scan import backends, selective_scan
+    from vlmamba_lite.ops.selective_scan import backends, selective_scan
     args = cast(draw(1, 3, 2, 2), torch.float32)
     assert backends()["triton"] is None
     assert torch.equal(selective_scan(**args, backend="triton"), selective_scan_triton(**args))

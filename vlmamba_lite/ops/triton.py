@@ -1,0 +1,1 @@
+from ..scan_triton import *
