@@ -28,8 +28,8 @@ from .cost import (compared, fit_power, peak_bytes, read_in_pieces, side_by_side
 from ..language_model import MambaConfig, MambaLM
 from ..mamba import Mamba, causal_conv1d, conv_backends
 from ..mamba2 import Mamba2
+from ..ops.selective_scan import backends, selective_scan
 from ..model import MODEL_PRESETS, VLMamba, count_parameters, picture_pixels
-from ..scan import backends, selective_scan
 from ..ssd import ssd, ssd_backends, ssd_chunked
 from ..training.distributed import Processes
 from ..training.loop import Learner, train_step
