@@ -6,15 +6,18 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
+from model_cases import batch_of
 from PIL import Image
 
 from vlmamba_lite.benchmark import peak_bytes
 from vlmamba_lite.data import byte_tokenizer
 from vlmamba_lite.language_model import MambaConfig
-from vlmamba_lite.model import (ABLATIONS, CONNECTORS, EYES, LANGUAGES, MODEL_PRESETS, PAPER_PRESETS, PUBLISHED_SIZES, VLMamba,
-                                VLMambaConfig, check_connector, count_parameters, eye_spec, find_tokenizer, language_config,
-                                load_connector, memory_estimate, memory_table, meta_model, override, parameter_table, preset_config,
-                                whole_part)
+from vlmamba_lite.model.memory import PUBLISHED_SIZES, count_parameters, memory_estimate, memory_table, meta_model, parameter_table, whole_part
+from vlmamba_lite.model.presets import (ABLATIONS, CONNECTORS, LANGUAGE_MODELS, MODEL_PRESETS, PAPER_PRESETS, VISION_ENCODERS, VLMambaConfig,
+                                        check_connector, language_config, override, preset_config, vision_spec)
+from vlmamba_lite.model.saving import find_tokenizer, load_connector
+from vlmamba_lite.model.vlmamba import VLMamba
 from vlmamba_lite.training import TrainingConfig, build_optimizers
 from vlmamba_lite.vision import half_range, load_encoder, new_tower
 
@@ -120,7 +123,8 @@ def test_little_memory_and_no_network():
         def refuse(*_, **__):
             raise AssertionError("network")
         socket.socket.connect = socket.getaddrinfo = refuse
-        from vlmamba_lite.model import count_parameters, memory_estimate, preset_config
+        from vlmamba_lite.model.memory import count_parameters, memory_estimate
+        from vlmamba_lite.model.presets import preset_config
         assert memory_estimate(preset_config("ml-mamba/t6/mlp"), checkpointing=True)["total"] > 2 ** 35
         total, status = count_parameters(preset_config("ml-mamba/t6/mlp"))["total"], Path("/proc/self/status")
         # Linux hands ru_maxrss down from the parent; the high water mark of the process itself stands in /proc
@@ -163,7 +167,7 @@ def test_bytes_of_parameters_are_exact(trains):
     for optimizer in ("adamw", "muon"):
         trained = train_only(model, trains)
         optimizers = [torch.optim.AdamW(trained)] if optimizer == "adamw" else build_optimizers(model, TrainingConfig())
-        model(images, ids, ids).loss.backward()
+        model(batch_of(images, ids, ids)).loss.backward()
         for o in optimizers:
             o.step()
         held = [t for o in optimizers for state in o.state.values() for t in state.values() if t.ndim]
@@ -186,7 +190,7 @@ def test_activations_are_near_what_a_step_holds(mixer, connector, trains, checkp
 
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = model(images, ids, ids).loss
+            loss = model(batch_of(images, ids, ids)).loss
         loss.backward()
     step()                                                       # from now on gradients are there, as in accumulation
     found = memory_estimate(model.config, trains, 4, 64, precision, checkpointing=checkpointing)
@@ -309,9 +313,9 @@ def test_what_is_refused(call, match):
 
 
 def test_names_lead_to_parts():
-    assert set(LANGUAGES) == {"mamba-1.4b", "mamba-2.8b", "mamba-2.8b-slimpj", "mamba2-780m", "mamba2-1.3b", "mamba2-2.7b"}
-    assert LANGUAGES["mamba-2.8b-slimpj"] == "state-spaces/mamba-2.8b-slimpj"
-    assert set(EYES) == {"siglip", "clip", "dinov2", "dinov2+siglip"} and eye_spec("clip")["kind"] == "clip"
+    assert set(LANGUAGE_MODELS) == {"mamba-1.4b", "mamba-2.8b", "mamba-2.8b-slimpj", "mamba2-780m", "mamba2-1.3b", "mamba2-2.7b"}
+    assert LANGUAGE_MODELS["mamba-2.8b-slimpj"] == "state-spaces/mamba-2.8b-slimpj"
+    assert set(VISION_ENCODERS) == {"siglip", "clip", "dinov2", "dinov2+siglip"} and vision_spec("clip")["kind"] == "clip"
     assert check_connector(preset_config("tiny", 9)).connector == "vss_l2"
 
 
@@ -448,8 +452,8 @@ def test_published_weights_come_from_the_named_places(monkeypatch, name):
     monkeypatch.setattr(VLMamba, "from_parts", classmethod(lambda cls, **given: asked.update(given)))
     VLMamba.from_preset(name, weights="published")
     config = preset_config(name)
-    assert asked["language"] in LANGUAGES.values() and asked["vision"] in EYES.values()
-    assert eye_spec(asked["vision"]) == config.vision
+    assert asked["language"] in LANGUAGE_MODELS.values() and asked["vision"] in VISION_ENCODERS.values()
+    assert vision_spec(asked["vision"]) == config.vision
     assert language_config(asked["language"].removeprefix("state-spaces/")) == config.language
     assert (asked["connector"], asked["connector_args"]) == (config.connector, config.connector_args)
     assert asked["image_size"] == (384 if name == "ml-mamba/t5/dinov2" else None)
@@ -460,12 +464,14 @@ def test_the_tokenizer_of_published_models(monkeypatch, tmp_path):
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     asked = []
 
-    def hub(source, name):
-        asked.append((source, name))
-        return tmp_path / name if source == "EleutherAI/gpt-neox-20b" else None
-    monkeypatch.setattr("vlmamba_lite.model.find_file", hub)
+    def hub(source, name, revision=None, local_files_only=False):
+        asked.append(source)
+        if source != "EleutherAI/gpt-neox-20b":
+            raise EntryNotFoundError("404")
+        return str(tmp_path / name)
+    monkeypatch.setattr("vlmamba_lite.files.hf_hub_download", hub)
     assert find_tokenizer(None, "state-spaces/mamba-2.8b-slimpj").get_vocab_size() == 257
-    assert [source for source, _ in asked] == ["state-spaces/mamba-2.8b-slimpj", "EleutherAI/gpt-neox-20b"]
+    assert list(dict.fromkeys(asked)) == ["state-spaces/mamba-2.8b-slimpj", "EleutherAI/gpt-neox-20b"]
     assert find_tokenizer(tmp_path / "tokenizer.json", "x").get_vocab_size() == 257
     (tmp_path / "tokenizer.json").write_text("{")
     one_line(lambda: find_tokenizer(tmp_path / "tokenizer.json", "x"), "tokenizer.json")

@@ -1,0 +1,13 @@
+"""A batch by hand, for tests of the whole model."""
+import torch
+
+from vlmamba_lite.data import Batch
+
+
+def batch_of(images, ids, labels=None, mask=None):
+    "A plain `Batch`: rows of text about pictures, as many for each, in the pictures' order."
+    n, q = len(images), len(ids) // len(images)
+    starts = torch.full_like(ids, -1)
+    starts[:, 0] = torch.arange(len(ids))
+    return Batch(images=images, prefixes=torch.arange(n)[:, None], prefix_of=torch.arange(n).repeat_interleave(q), starts=starts, input_ids=ids,
+                 labels=labels, mask=torch.ones_like(ids, dtype=torch.bool) if mask is None else mask, names=[])
