@@ -1,5 +1,6 @@
 """Scores worked out by hand, floors of easy-VQA, answers of a batch against answers one by one, and which samples are shown."""
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from vlmamba_lite.data import EOS, PAD, QUESTION_TYPES, UNK, VQASet, load_easy_vqa
 from vlmamba_lite.evaluation.answers import (PUBLISHED, accuracy, accuracy_by_type, answer, answer_all, baselines, blind_majority, conversation_samples, evaluate, pick_samples, plot_samples,
                                              sample_sheet)
-from vlmamba_lite.training import TrainingConfig, build_optimizers, training_steps
+from vlmamba_lite.data.easy_vqa import VQABatches
+from vlmamba_lite.training.loop import train
+from vlmamba_lite.training.recipes import pick_recipe
 
 
 # Scores
@@ -113,9 +116,8 @@ def plain(text):
 @pytest.fixture(scope="module")
 def talker(make_model, small):
     "A model trained for a second: its answers differ, and end."
-    model, config = make_model(), TrainingConfig(steps=60, batch_size=8, lr=2e-2, phases=((0, (1, 1, 1, 1, 1)),))
-    for _ in training_steps(model, build_optimizers(model, config), small.train, config):
-        pass
+    model, stage = make_model(), replace(pick_recipe("tiny")[0], steps=60, batch_size=8, lr=2e-2)
+    train(model, [stage], {stage.name: VQABatches(small.train, 60, 8, phases=((0, (1, 1, 1, 1, 1)),))})
     return model.eval()
 
 
@@ -157,6 +159,13 @@ def test_a_batch_reads_each_picture_once(small, make_model):
     first, second = small.rows["image"][:2]
     answer(model, [(picture, small.data.questions[0]) for picture in (first, second, first, first)], 4, 1)
     assert seen == [2]
+
+
+def test_states_are_answered_like_their_pictures(talker, small):
+    states = [talker.read_image(image) for image in small.rows["image"][:2]]
+    pairs = [(picture, small.data.questions[k]) for picture in (0, 1, 0) for k in (0, 3)]
+    got = answer(talker, [(states[i], question) for i, question in pairs], 4, 3)
+    assert got == [talker.ask(small.rows["image"][i], question, 3) for i, question in pairs]
 
 
 def test_answers_name_words_the_model_does_not_know(small, make_model):

@@ -28,9 +28,11 @@ from .cost import (compared, fit_power, peak_bytes, read_in_pieces, side_by_side
 from ..language_model import MambaConfig, MambaLM
 from ..mamba import Mamba, causal_conv1d, conv_backends
 from ..mamba2 import Mamba2
+from ..model.memory import count_parameters
+from ..model.presets import MODEL_PRESETS
+from ..model.vlmamba import VLMamba
 from ..ops.selective_scan import backends, selective_scan
-from ..model import MODEL_PRESETS, VLMamba, count_parameters, picture_pixels
-from ..ssd import ssd, ssd_backends, ssd_chunked
+from ..ops.ssd import ssd, ssd_backends, ssd_chunked
 from ..training.distributed import Processes
 from ..training.loop import Learner, train_step
 from ..training.optimizers import build_optimizers
@@ -303,7 +305,7 @@ def random_rows(model, rows, length, seed=0):
     "A `Batch` of random pictures and text: images (rows, 3, H, W), input_ids and labels (rows, length)."
     g = torch.Generator().manual_seed(seed)
     noise = torch.randint(256, (64, 64, 3), generator=g, dtype=torch.uint8)
-    images = picture_pixels(model, Image.fromarray(noise.numpy())).expand(rows, -1, -1, -1)
+    images = model.pixels(Image.fromarray(noise.numpy())).expand(rows, -1, -1, -1)
     ids = torch.randint(model.config.language.vocab_size, (rows, length), generator=g)
     return Batch.from_rows(images, ids, ids).to(model.device)
 

@@ -22,12 +22,14 @@ from typing import NamedTuple
 # %% ../../nbs/evaluation/metrics.ipynb #8ad04a70
 import numpy as np
 
-from ..data import (check_text, fault, load_easy_vqa, load_picture, parse_json, question_type, safe_path,
-                               undecoded)
+from ..data.batches import load_picture
+from ..data.conversations import check_text, sample_error
+from ..data.easy_vqa import load_easy_vqa, question_type
+from ..data.records import parse_json, safe_path, undecoded
 from .answers import answer, bootstrap, check_pairs, leave_one_out, pope_formula, pope_parts
-from ..language_model import naming, write_atomically
-from ..model import VLMamba
-from ..training import RUN_CONFIG, write_result, write_run_config
+from ..files import naming, write_atomically
+from ..model.vlmamba import VLMamba
+from ..training.results import RUN_CONFIG, write_result, write_run_config
 
 # %% ../../nbs/evaluation/metrics.ipynb #9ba38032
 PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"      # no apostrophe, colon or period
@@ -139,14 +141,14 @@ def read_questions(root):
             raise ValueError(f"questions.jsonl, line {i}: got {type(record).__name__}, need an object")
         name = str(record.get("name", i))
         if name in samples:
-            raise fault(name, "duplicate", "name: came before, need names that differ")
+            raise sample_error(name, "duplicate", "name: came before, need names that differ")
         answers = record.get("answers") or [record.get("answer")]
         fields = ["question", "image"] + ["answer"] * len(answers)
         for field, text in zip(fields, [record.get("question"), record.get("image"), *answers]):
             check_text(name, field, text)
         image = safe_path(root, record["image"], name)
         if not image.is_file():
-            raise fault(name, "image", f"image: no file {record['image']} in the folder")
+            raise sample_error(name, "image", f"image: no file {record['image']} in the folder")
         category = str(record.get("category", ""))
         samples[name] = Sample(name, record["question"], image, tuple(answers), category, record["image"])
     return list(samples.values())
