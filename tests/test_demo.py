@@ -31,10 +31,10 @@ def test_the_map_is_the_one_of_chapter_07(talk, picture):
     sight = Sight(talk.model, picture)
     maps = connector_sight(talk.model.connector, *picture_tokens(talk.model, picture), (2, 5))
     assert sight.size == (8, 8) and sight.heard.shape == (64, 64)
-    torch.testing.assert_close(sight.heard.sum(0).view(8, 8), maps["heard by all"])
-    torch.testing.assert_close(sight.heard[2 * 8 + 5].view(8, 8), maps["heard here"])
+    torch.testing.assert_close(sight.heard.sum(0).view(8, 8), maps["attention, all"])
+    torch.testing.assert_close(sight.heard[2 * 8 + 5].view(8, 8), maps["attention"])
     assert sight.paint().size == sight.paint((2, 5)).size == (448, 448)
-    assert sight.paint((2, 5)).tobytes() == paint_sight(sight.picture, maps["heard here"], (2, 5)).tobytes() != sight.paint((5, 2)).tobytes()
+    assert sight.paint((2, 5)).tobytes() == paint_sight(sight.picture, maps["attention"], (2, 5)).tobytes() != sight.paint((5, 2)).tobytes()
 
 
 def test_a_click_finds_its_patch(talk, picture):

@@ -31,7 +31,7 @@ def school():
     from PIL import Image
 
     from vlmamba_lite.data import ConversationSet, build_tokenizer
-    from vlmamba_lite.training import Stage
+    from vlmamba_lite.training.recipes import Stage
     tokenizer = build_tokenizer([words(1)])
     samples = [{"image": Image.new("RGB", (64, 64), (37 * i % 256, 91 * i % 256, 11 * i % 256)), "questions": [words(1)],
                 "answers": [" ".join(words(9).split()[:1 + 59 * (i % 2) * i // 24])]} for i in range(24)]
@@ -44,7 +44,8 @@ def school():
 def train_mode(folder, mode, resume=False, on_step=None):
     "A run in a folder -> the model."
     from vlmamba_lite.model import VLMamba, tiny_config
-    from vlmamba_lite.training import stage_batches, train
+    from vlmamba_lite.training.loop import train
+    from vlmamba_lite.training.recipes import stage_batches
     tokenizer, stage, data = school()
     torch.manual_seed(7 if resume else 0)                                # what a resumed run draws must not matter
     model = VLMamba(tiny_config(tokenizer.get_vocab_size()), tokenizer)
@@ -136,10 +137,11 @@ def near(got, want, limit=1e-4):
 def test_the_batches_are_unequal():
     "Otherwise a mean of means would do."
     from vlmamba_lite.model import VLMamba, tiny_config
-    from vlmamba_lite.training import learned_tokens, micro_batches, stage_batches
+    from vlmamba_lite.training.loop import learned_tokens, micro_batches
+    from vlmamba_lite.training.recipes import stage_batches
     tokenizer, stage, data = school()
     source = stage_batches(VLMamba(tiny_config(tokenizer.get_vocab_size()), tokenizer), [data], stage)
-    steps = [[sum(map(learned_tokens, next(micro_batches(source, stage, 5, 2, process, start)))) for process in (0, 1)] for start in range(6)]
+    steps = [[sum(map(learned_tokens, next(micro_batches(source, stage, 2, process, start)))) for process in (0, 1)] for start in range(6)]
     assert sum(max(pair) > 1.2 * min(pair) for pair in steps) >= 4, steps
 
 
@@ -186,7 +188,7 @@ def test_processes_part():
     "A run that is over leaves no group behind."
     import torch.distributed as dist
 
-    from vlmamba_lite.training import leave_processes
+    from vlmamba_lite.training.distributed import leave_processes
     leave_processes()                                                    # alone: nothing to leave
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     leave_processes()

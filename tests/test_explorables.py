@@ -11,7 +11,11 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the [dev] extra")
 ROOT = Path(__file__).resolve().parent.parent
+<<<<<<< HEAD
 NOTEBOOK = {"memory": "ops/01_reference", "scan_orders": "06_vss", "cost": "18_scaling"}
+=======
+NOTEBOOK = {"memory": "01_scan_reference", "scan_orders": "connectors/10_vss", "cost": "18_scaling"}
+>>>>>>> h/training
 THEMES = {"light": "background: #fff; color: #222", "dark": "background: #181a1f; color: #dde"}
 
 
@@ -180,7 +184,7 @@ def seen_of(order, patch, steps):
 
 
 def test_scan_orders_are_those_of_the_chapter():
-    from vlmamba_lite.vss import SCANS, scan_order
+    from vlmamba_lite.connectors.vss import SCANS, scan_order
     given = values_of("scan_orders")
     one_way, *kinds = given["kinds"]
     assert [kind["name"] for kind in kinds] == ["bsm", "csm"] and one_way["order"] == kinds[0]["order"][:1]

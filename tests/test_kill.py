@@ -39,13 +39,13 @@ class Countdown:
 
 def count_lines(clock):
     "A tick for each line that the engine, and what saves a model, executes."
-    files = ("/vlmamba_lite/training.py", "/vlmamba_lite/model.py")
+    places = ("/vlmamba_lite/training/", "/vlmamba_lite/model", "/vlmamba_lite/files.py")
 
     def line(frame, event, _):
         if event == "line":
             clock.tick(frame.f_lineno)
         return line
-    sys.settrace(lambda frame, event, _: line if frame.f_code.co_filename.endswith(files) else None)
+    sys.settrace(lambda frame, event, _: line if any(place in frame.f_code.co_filename for place in places) else None)
 
 
 def count_changes(clock):
@@ -62,16 +62,16 @@ def count_changes(clock):
     os.fsync = fsync
 
 
-def lessons():
+def small_school():
     "A small model's two stages with all that a checkpoint must hold: two optimizers, a mean of the weights, unequal batches."
-    from vlmamba_lite.data import build_set, build_tokenizer, load_easy_vqa
-    from vlmamba_lite.training import Lessons, Stage, TrainingConfig
+    from vlmamba_lite.data import VQABatches, build_set, build_tokenizer, load_easy_vqa
+    from vlmamba_lite.training.recipes import Stage
     rows = load_easy_vqa("train").select(range(0, 3600, 300))
     tokenizer = build_tokenizer(text for name in ("questions", "answers") for texts in rows[name] for text in texts)
     stages = (Stage(name="align", trains=("connector",), steps=3, batch_size=2, micro_batch=1, lr=1e-2, evaluations=3, keep=1),
               Stage(name="instruct", steps=4, batch_size=2, optimizer="muon", lr=3e-3, ema=0.9, evaluations=2, keep=2))
-    source = Lessons(build_set(rows, tokenizer, captions=True), TrainingConfig(questions=2))
-    return tokenizer, stages, {stage.name: source for stage in stages}
+    data = build_set(rows, tokenizer, captions=True)
+    return tokenizer, stages, {stage.name: VQABatches(data, stage.steps, stage.batch_size, SEED, questions=2) for stage in stages}
 
 
 def train_once(school, folder, resume):
@@ -79,7 +79,8 @@ def train_once(school, folder, resume):
     import torch
 
     from vlmamba_lite.model import VLMamba, tiny_config
-    from vlmamba_lite.training import has_checkpoint, train
+    from vlmamba_lite.training.checkpoints import has_checkpoint
+    from vlmamba_lite.training.loop import train
     tokenizer, stages, sources = school
     resume = resume and has_checkpoint(folder)
     torch.manual_seed(99 if resume else SEED)                            # what a resumed run draws must not matter
@@ -97,7 +98,7 @@ def save_model(school, folder, seed):
     from vlmamba_lite.model import VLMamba, tiny_config
     torch.manual_seed(seed)
     model = VLMamba(tiny_config(school[0].get_vocab_size()), school[0])
-    model.save_pretrained(folder, shard_size=20_000)                     # as many shards, of the same names
+    model.save_pretrained(folder, max_shard_size=20_000)                     # as many shards, of the same names
 
 
 def child(school, order):
@@ -116,7 +117,7 @@ def serve():
     "Reads orders, a line of JSON each, forks for them, and answers with how the child ended: 0, an error, or minus a signal."
     import torch
     torch.set_num_threads(1)                                             # no threads that a fork would lose
-    school = lessons()
+    school = small_school()
     with tempfile.TemporaryDirectory() as folder:
         train_once(school, folder, False)                                # loads all there is to load
     gc.freeze()
@@ -200,7 +201,7 @@ def test_the_run_that_nobody_kills(whole):
 def checked(folder):
     "The newest checkpoint of a run that was killed loads, whatever else lies there. -> its step, 0 where there is none."
     from vlmamba_lite.model import VLMamba
-    from vlmamba_lite.training import has_checkpoint, latest_checkpoint, verify_checkpoint
+    from vlmamba_lite.training.checkpoints import has_checkpoint, latest_checkpoint, verify_checkpoint
     if not has_checkpoint(folder):
         return 0
     path = latest_checkpoint(folder)

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlmamba_lite import msc
-from vlmamba_lite.connector import connector_attention, connector_flops, plot_connector_cost, plot_sight, scan_input
-from vlmamba_lite.mamba2 import Mamba2
-from vlmamba_lite.msc import (
+from vlmamba_lite.connectors import msc
+from vlmamba_lite.connectors.attention_maps import connector_attention, receptive_field
+from vlmamba_lite.connectors.connectors import connector_flops, plot_connector_cost
+from vlmamba_lite.connectors.msc import (
+    CONNECTORS,
     MVSS,
     VARIANTS,
     MambaScanConnector,
@@ -22,13 +23,11 @@ from vlmamba_lite.msc import (
     ReleasedMSCBlock,
     SwiGLU,
     along_paths,
-    draw_msc,
-    mvss_attention,
     mvss_flops,
-    ssd_attention,
 )
-from vlmamba_lite.ssd import ssd, ssd_recurrent
-from vlmamba_lite.vss import SCANS, VSS, cross_merge, cross_scan, receptive_field, scan_order
+from vlmamba_lite.connectors.vss import SCANS, VSS, cross_merge, cross_scan, scan_order
+from vlmamba_lite.mamba2 import Mamba2
+from vlmamba_lite.ssd import ssd
 
 few = settings(deadline=None, max_examples=15, derandomize=True, database=None)
 sizes = st.tuples(st.integers(1, 6), st.integers(1, 6))
@@ -489,7 +488,6 @@ def test_errors_name_the_argument():
         r"^form: got 'basic', need 'advanced' with variant='released'$": lambda: MambaScanConnector(8, 12, form="basic", variant="released"),
         r"^norm: got 'batch'": lambda: MambaScanConnector(8, 12, norm="batch"),
         r"^activation: got 'tanh'": lambda: MambaScanConnector(8, 12, activation="tanh"),
-        r"^scan: got 'star'": lambda: draw_msc("star"),
         r"^x: got shape \(1, 6, 8\), need \(batch, 2 \* 2, 8\)": lambda: MVSS(8)(x, (2, 2)),
         r"^tokens: got shape \(1, 6, 8\), need \(batch, 2 \* 4, 8\)": lambda: MambaScanConnector(8, 12)(x, (2, 4)),
         r"^tokens: got shape \(1, 6, 8\), need \(batch, 2 \* 3, 9\)": lambda: MambaScanConnector(9, 12)(x, (2, 3)),
@@ -521,72 +519,12 @@ def test_directions_sum_to_the_output_and_see_what_lies_before(options):
         assert (seen.flatten() > 0).nonzero().flatten().tolist() == sorted(path[:path.index(7) + 1])
 
 
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("ngroups", [1, 2])
-def test_attention_is_the_effect_of_each_patch_on_each_other(shared, ngroups):
-    m, size = make(scan="csm", shared=shared, ngroups=ngroups), (2, 3)
-    x = tokens(size)
-    found = mvss_attention(m, x, size)
-    assert found.shape == (2, 4, 6, 6) and not found.requires_grad
-    order = scan_order(*size, "csm")
-    _, inputs = msc.mvss_inputs(m, x, order)
-    J = torch.autograd.functional.jacobian(lambda u: ssd_recurrent(**inputs | {"x": u, "D": None}), inputs["x"])
-    for b in range(2):
-        for k, path in enumerate(walks("csm", *size)):
-            heads = range(k * m.nheads, (k + 1) * m.nheads)
-            M = sum(J[b, :, h, 0, b, :, h, 0].abs() for h in heads) / m.nheads       # (L, L) in the order of the path
-            want = torch.zeros(6, 6, dtype=x.dtype)
-            for t, i in enumerate(path):
-                for s, j in enumerate(path):
-                    want[i, j] = M[t, s]
-            assert rms_error(found[b, k], want) < 1e-10
-
-
-@given(L=st.integers(1, 9), groups=st.sampled_from([1, 2]))
-@few
-def test_ssd_attention_is_ssd(L, groups):
-    g = torch.Generator().manual_seed(L)
-    x, B, C = (torch.randn(2, L, *shape, generator=g, dtype=torch.float64) for shape in ((4, 3), (groups, 5), (groups, 5)))
-    dt, A = torch.rand(2, L, 4, generator=g, dtype=torch.float64), -torch.rand(4, generator=g, dtype=torch.float64)
-    M = ssd_attention(dt, A, B, C)
-    assert M.shape == (2, 4, L, L) and torch.equal(M, M.tril())
-    assert rms_error(torch.einsum("bhts,bshp->bthp", M, x), ssd_recurrent(x, dt, A, B, C)) < 1e-12
-    single = ssd_attention(dt.float(), A.float(), B.bfloat16(), C.bfloat16())
-    assert single.dtype == torch.float32 and rms_error(single, M) < 0.02
-
-
 @pytest.mark.parametrize("kind", [{"scan": "csm", "shared": True}, {"variant": "released"}], ids=str)
 def test_nothing_is_made_on_another_device(kind, monkeypatch):
     monkeypatch.setattr(msc, "ssd", lambda x, **_: x)         # which has no autocast to switch off on "meta"
     with torch.device("meta"):
         c, x = MambaScanConnector(8, 12, **SMALL | kind), torch.empty(2, 6, 8)
     assert c(x, (2, 3)).device == connector_attention(c, x, (2, 3)).device == c.vss.directions(c.stem(x), (2, 3)).device == x.device
-
-
-def test_the_tools_of_the_connectors_work_on_it():
-    c, x = MambaScanConnector(8, 12, "csm", blocks=2, **SMALL), tokens((2, 3), dtype=torch.float32)
-    given_ = scan_input(c, x, (2, 3))
-    torch.testing.assert_close(given_, F.rms_norm(x, (8,), eps=1e-5))
-    torch.testing.assert_close(connector_attention(c, x, (2, 3)), mvss_attention(c.vss, given_, (2, 3)))
-    assert c.vss is c.blocks[0].mvss and not c.vss._forward_pre_hooks
-
-
-def test_figures():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    for scan, K in (("bsm", 2), ("csm", 4)):
-        texts = [t.get_text() for t in draw_msc(scan).texts]
-        assert all(texts.count(part) == K for part in ("Conv", "SSM", "×")) and texts.count("silu") == K + 1
-        assert texts.count("Linear") == 3 and texts.count("+") == 2 and texts.count("Norm") == texts.count("SwiGLU") == 1
-    kinds = {"MLP": {"blocks": 0}, "basic": {"form": "basic"}, "released": {"variant": "released"}}
-    built = {name: MambaScanConnector(8, 12, **SMALL | kind) for name, kind in kinds.items()}
-    axes = plot_connector_cost(built, (3, 5))
-    total = max(sum(connector_flops(c, (3, 5)).values()) for c in built.values()) / 1e9
-    assert abs(max(b.get_x() + b.get_width() for b in axes[1].patches) - total) < 1e-12
-    x = tokens((2, 3), dtype=torch.float32)
-    assert plot_sight({name: (built[name], x, (2, 3)) for name in ("basic", "released")}, (1, 1)).shape == (2, 5)
-    plt.close("all")
 
 
 def test_blocks_are_what_they_say():
@@ -599,3 +537,19 @@ def test_blocks_are_what_they_say():
     layer = SwiGLU(8, 5, bias=False)
     torch.testing.assert_close(layer(x), layer.w3(F.silu(layer.w1(x)) * layer.w2(x)))
     assert [n for n, _ in layer.named_parameters()] == ["w1.weight", "w2.weight", "w3.weight"]
+
+
+def test_the_registry_knows_both_forms():
+    assert [CONNECTORS[f"msc_{form}"](8, 12, **SMALL).form for form in ("basic", "advanced")] == ["basic", "advanced"]
+
+
+def test_plot_connector_cost():
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    kinds = {"MLP": {"blocks": 0}, "basic": {"form": "basic"}, "released": {"variant": "released"}}
+    built = {name: MambaScanConnector(8, 12, **SMALL | kind) for name, kind in kinds.items()}
+    axes = plot_connector_cost(built, (3, 5))
+    total = max(sum(connector_flops(c, (3, 5)).values()) for c in built.values()) / 1e9
+    assert abs(max(b.get_x() + b.get_width() for b in axes[1].patches) - total) < 1e-12
+    plt.close("all")

@@ -1,4 +1,4 @@
-"""Optimizers against slow twins, batches as functions of seed and step, and runs that stop, go on, and end the same."""
+"""Optimizers against slow twins, one step by the book, and runs that stop, go on, and end the same."""
 import json
 import math
 import os
@@ -13,19 +13,32 @@ from measures import rms_error
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
-from vlmamba_lite.data import ROW_TYPES
+from vlmamba_lite.data import VQABatches, batch_loss
+from vlmamba_lite.files import tensors_in
 from vlmamba_lite.model import CONNECTORS, VLMamba
-from vlmamba_lite.training import (RUN_CONFIG, TRAINING_PRESETS, MetricsLog, Muon, StopRequest, Stopwatch, TrainingConfig, batch_pictures,
-                                   build_optimizers, fit, latest_checkpoint, learning_rate, load_checkpoint, make_batch, newton_schulz,
-                                   parameter_groups, plot_curves, prefix_reuse_cost, provenance, question_weights, read_metrics, read_state,
-                                   _update, read_tensors, save_checkpoint, train_stage, train_step, training_steps, write_result, write_run_config)
+from vlmamba_lite.training import results
+from vlmamba_lite.training.checkpoints import latest_checkpoint, read_state, write_folder
+from vlmamba_lite.training.distributed import Processes
+from vlmamba_lite.training.loop import Learner, train, train_stage, train_step
+from vlmamba_lite.training.optimizers import Muon, build_optimizers, newton_schulz, parameter_groups
+from vlmamba_lite.training.recipes import Stage, learning_rate, pick_recipe
+from vlmamba_lite.training.results import (RUN_CONFIG, MetricsLog, StopRequest, Stopwatch, plot_curves, prefix_reuse_cost, provenance, read_metrics,
+                                           write_result, write_run_config)
 
-SHORT = TrainingConfig(steps=9, batch_size=8, questions=3, evaluations=3)
+SHORT = replace(pick_recipe("lite")[0], steps=9, batch_size=8, evaluations=3)
 COMBINATIONS = [(connector, mixer) for connector in CONNECTORS for mixer in ("mamba", "mamba2")]
+
+
+def fit(model, data, stage, folder=None, seed=0, evaluate=None, questions=3, **options):
+    "A run of one stage on a `VQASet`."
+    source = VQABatches(data, stage.steps, stage.batch_size, seed, questions)
+    return train(model, (stage,), {stage.name: source}, folder, seed, evaluate, **options)
+
+
+def read_tensors(folder, stem):
+    return {name: read() for name, _, read in tensors_in(*sorted(folder.glob(f"{stem}*.safetensors")))}
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -219,8 +232,7 @@ def test_frozen_parameters_are_left_out(make_model, small):
     model.vision.requires_grad_(False)
     assert not [name for name in treated(model) if name.startswith("vision.")] and treated(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for _ in training_steps(model, build_optimizers(model, SHORT), small.train, replace(SHORT, steps=3)):
-        pass
+    fit(model, small.train, replace(SHORT, steps=3, trains=("connector", "language")))
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if not name.startswith("vision.")}
 
@@ -258,91 +270,15 @@ def test_without_gradients_only_the_decayed_shrink(make_model, mixer):
             torch.testing.assert_close(p.detach(), before[name] * 0.95 ** 2, msg=name)
 
 
-# Schedules and batches
+# The schedule
 
 def test_learning_rate_by_hand():
-    config = TrainingConfig(lr=2.0, warmup=0.1, final_lr=0.1)
+    config = Stage(steps=1, lr=2.0, warmup=0.1, final_lr=0.1)
     for progress, want in ((0, 0), (0.05, 1), (0.1, 2), (0.55, 0.2 + 1.8 / 2), (0.1 + 0.9 / 3, 0.2 + 1.8 * 0.75), (1 - 1e-9, 0.2)):
         assert learning_rate(progress, config) == pytest.approx(want, abs=1e-8)
     rates = [learning_rate(p, config) for p in np.linspace(0, 1, 1000, endpoint=False)]
     assert np.argmax(rates) == 100 and (np.diff(rates[:101]) > 0).all() and (np.diff(rates[100:]) < 0).all()
-    assert learning_rate(0, TrainingConfig(lr=2.0, warmup=0)) == 2
-
-
-def test_question_weights_by_hand():
-    config = TrainingConfig(phases=((0, (1, 0.1, 0.1, 0.1, 9)), (0.25, (1, 2, 3, 4, 5)), (0.5, (5, 4, 3, 2, 1))))
-    for progress, phase in ((0, 0), (0.2499, 0), (0.25, 1), (0.4999, 1), (0.5, 2), (0.999, 2)):
-        assert question_weights(progress, config) == config.phases[phase][1]
-    assert all(len(w) == len(ROW_TYPES) for preset in TRAINING_PRESETS.values() for _, w in preset.phases)
-
-
-@pytest.mark.parametrize("name", ["steps", "batch_size", "questions", "evaluations"])
-def test_a_configuration_needs_at_least_one_of_each(name):
-    with pytest.raises(ValueError, match=f"^{name}: got 0, need at least 1$"):
-        TrainingConfig(**{name: 0})
-
-
-def test_a_batch_is_a_function_of_its_arguments(small):
-    torch.manual_seed(1)
-    np.random.seed(1)
-    once, states = make_batch(small.train, SHORT, 3, 5), (torch.get_rng_state(), np.random.get_state()[1].copy())
-    assert torch.equal(states[0], torch.get_rng_state()) and (states[1] == np.random.get_state()[1]).all()
-    make_batch(small.train, SHORT, 3, 6)
-    torch.manual_seed(2)
-    np.random.seed(2)
-    assert same(list(once), list(make_batch(small.train, SHORT, 3, 5)))
-    for seed, step in ((3, 6), (4, 5)):
-        assert not torch.equal(once[0], make_batch(small.train, SHORT, seed, step)[0])
-
-
-def test_what_a_batch_holds(small):
-    data, config = small.train, replace(SHORT, steps=30)
-    for step in range(30):
-        images, ids, labels = make_batch(data, config, 0, step)
-        assert images.shape == (8, 3, 64, 64) and images.dtype == torch.float32 and -1 <= images.min() and images.max() <= 1
-        assert ids.shape == labels.shape and len(ids) == 8 * 3
-        assert ((labels == -100) | (labels == ids)).all() and ((labels != -100).sum(1) >= 2).all()    # an answer and <eos>
-        assert (labels[:, -1] != -100).any()                                                         # no padding that no row needs
-        for place, picture in enumerate(batch_pictures(len(data.images), config, 0, step)):
-            theirs = {tuple(row) for row in data.input_ids[data.table[picture][data.table[picture] >= 0]].tolist()}
-            wide = nn.functional.pad(ids[3 * place:3 * place + 3], (0, data.input_ids.shape[1] - ids.shape[1]))
-            got = [tuple(row) for row in wide.tolist()]
-            assert set(got) <= theirs
-
-
-def test_a_batch_without_a_shift_shows_the_picture(small):
-    images = make_batch(small.train, replace(SHORT, shift=0), 0, 2)[0]
-    for image, picture in zip(images, batch_pictures(40, SHORT, 0, 2)):
-        want = small.train.images[picture] / 127.5 - 1
-        assert torch.equal(image, want) or torch.equal(image, want.flip(-1))
-
-
-@given(count=st.integers(1, 70), size=st.integers(1, 20), seed=st.integers(0, 5), this_pass=st.integers(0, 3))
-@settings(deadline=None, max_examples=60, derandomize=True)
-def test_a_pass_visits_each_picture_at_most_once(count, size, seed, this_pass):
-    config, steps = TrainingConfig(batch_size=size), max(count // size, 1)
-    batches = [batch_pictures(count, config, seed, this_pass * steps + i) for i in range(steps)]
-    seen = np.concatenate(batches).tolist()
-    assert len(set(seen)) == len(seen) == min(count, steps * size) and set(seen) <= set(range(count))
-    assert all(len(b) == min(size, count) for b in batches)
-
-
-def test_passes_and_seeds_differ():
-    config = TrainingConfig(batch_size=40)
-    orders = {tuple(batch_pictures(40, config, seed, this_pass)) for seed in range(3) for this_pass in range(3)}
-    assert len(orders) == 9
-
-
-def test_phases_choose_the_questions(small):
-    "Where a type's weight is next to nothing it is asked only of pictures that have too few others."
-    def types_at(step, phases):
-        _, ids, labels = make_batch(small.train, TrainingConfig(steps=10, batch_size=40, questions=2, phases=phases), 0, step)
-        asked = {tuple(row.tolist()): t for row, t in zip(small.train.input_ids, small.train.types)}
-        wide = nn.functional.pad(ids, (0, small.train.input_ids.shape[1] - ids.shape[1]))
-        return np.bincount([asked[tuple(row.tolist())] for row in wide], minlength=5)
-    what, yes_no = (1, 1, 1e-9, 1e-9, 0), (1e-9, 1e-9, 1, 1, 1e-9)
-    early, late = (types_at(step, ((0, what), (0.5, yes_no))) for step in (4, 5))
-    assert early[:2].sum() > 2 * early[2:].sum() and late[2:4].sum() > 8 * (late[:2].sum() + late[4])
+    assert learning_rate(0, Stage(steps=1, lr=2.0, warmup=0)) == 2
 
 
 # Steps
@@ -350,15 +286,14 @@ def test_phases_choose_the_questions(small):
 def test_a_step_trains_by_the_book(make_model, small):
     "Clipped gradient, the schedule's rate in every group, AdamW for the plain ones: against torch's functions, by hand."
     model, twin = make_model().train(), make_model().train()
-    config = replace(SHORT, clip=0.1)
-    batch = make_batch(small.train, config, 0, 1)
-    optimizers = build_optimizers(model, config)
-    loss = train_step(model, optimizers, batch, lr=0.01, clip=0.1)
+    batch = VQABatches(small.train, SHORT.steps, 8, 0, 3)[1]
+    optimizers = build_optimizers(model, SHORT)
+    loss = train_step(Learner(model), optimizers, [batch], 0.01, 0.1, Processes())
     assert all(group["lr"] == 0.01 for o in optimizers for group in o.param_groups)
-    out = twin(*batch)
-    out.loss.backward()
+    want_loss = batch_loss(twin.language, batch, twin.see)
+    want_loss.backward()
     norm = torch.stack([p.grad.norm() for p in twin.parameters()]).norm()
-    assert loss == out.loss.item() and norm > 0.1
+    assert loss == want_loss.item() and norm > 0.1
     for (name, p), q in zip(model.named_parameters(), twin.parameters()):
         gradient = q.grad * 0.1 / norm
         if treated(model)[name] == "matrices":
@@ -370,29 +305,16 @@ def test_a_step_trains_by_the_book(make_model, small):
 
 
 def test_a_step_at_rate_zero_changes_nothing(make_model, small):
-    model = make_model()
+    model, losses = make_model(), []
     before = [p.detach().clone() for p in model.parameters()]
-    (done, loss), = training_steps(model, build_optimizers(model, SHORT), small.train, replace(SHORT, steps=1))       # warm-up begins at 0
-    assert done == 1 and loss > 0 and all(map(torch.equal, model.parameters(), before)) and model.training
+    done, _ = fit(model, small.train, replace(SHORT, steps=1, evaluations=1), on_step=lambda r: losses.append(r.loss))        # warm-up begins at 0
+    assert done == 1 and losses[0] > 0 and all(map(torch.equal, model.parameters(), before)) and model.training
 
 
 def test_a_tiny_model_learns(make_model, small):
-    model, config = make_model(), TrainingConfig(steps=40, batch_size=8, lr=1e-2)
-    losses = [loss for _, loss in training_steps(model, build_optimizers(model, config), small.train, config)]
-    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
-
-
-def poisoned(model, at, poison):
-    "The model's forward, whose loss in call number `at` passes through `poison`."
-    forward, calls = model.forward, []
-
-    def wrapped(*args, **kwargs):
-        out = forward(*args, **kwargs)
-        calls.append(1)
-        if len(calls) == at:
-            out.loss = poison(out.loss, model)
-        return out
-    return wrapped
+    losses = []
+    done, spent = fit(make_model(), small.train, replace(SHORT, steps=40, lr=1e-2), questions=5, on_step=lambda r: losses.append(r.loss))
+    assert done == len(losses) == 40 and spent["cpu"] > 0 and np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
 
 
 def bad_gradient(loss, model):
@@ -402,15 +324,24 @@ def bad_gradient(loss, model):
 
 @pytest.mark.parametrize("poison", [lambda loss, _: loss * math.nan, lambda loss, _: loss + math.inf, bad_gradient],
                          ids=["nan", "inf", "gradient"])
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_model, small, poison):
-    model, kept = make_model(), []
-    optimizers = build_optimizers(model, SHORT)
-    model.forward = poisoned(model, 4, poison)
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_model, small, poison, monkeypatch):
+    model, kept, calls, forward = make_model(), [], [], Learner.forward
+    made = []
+
+    def poisoned(learner, batch):
+        calls.append(1)
+        loss = forward(learner, batch)
+        return poison(loss, model) if len(calls) == 4 else loss
+    monkeypatch.setattr(Learner, "forward", poisoned)
+    monkeypatch.setattr("vlmamba_lite.training.run.build_optimizers", lambda *a: made.extend(build_optimizers(*a)) or made)
+
+    def states():
+        return [[p.detach().clone() for p in model.parameters()], pickle.dumps([o.state_dict()["state"] for o in made])]
     with pytest.raises(FloatingPointError, match=r"^step 3: (loss|gradient).*: got .*(nan|inf).*, need a finite ") as error:
-        for _ in training_steps(model, optimizers, small.train, SHORT):
-            kept = [[p.detach().clone() for p in model.parameters()], pickle.dumps([o.state_dict()["state"] for o in optimizers])]
-    assert "\n" not in str(error.value)
-    assert all(map(torch.equal, model.parameters(), kept[0])) and pickle.dumps([o.state_dict()["state"] for o in optimizers]) == kept[1]
+        fit(model, small.train, SHORT, on_step=lambda report: kept.append(states()))
+    assert "\n" not in str(error.value) and len(kept) == 3
+    now = states()
+    assert all(map(torch.equal, now[0], kept[-1][0])) and now[1] == kept[-1][1]
 
 
 # Stopping and going on
@@ -457,8 +388,8 @@ def test_a_run_leaves_a_model_and_a_log(make_model, straight):
 
 @pytest.mark.parametrize("stop", [1, 3, 5, 8])
 def test_ctrl_c_and_resume_is_the_run_without_a_stop(make_model, small, straight, tmp_path, stop):
-    def on_step(done, _):
-        if done == stop:
+    def on_step(report):
+        if report.step == stop:
             signal.raise_signal(signal.SIGINT)
     model, before = make_model(), signal.getsignal(signal.SIGINT)
     done, spent = fit(model, small.train, SHORT, tmp_path, 4, scores_of, on_step=on_step, log_every=2)
@@ -467,15 +398,15 @@ def test_ctrl_c_and_resume_is_the_run_without_a_stop(make_model, small, straight
     assert same(dict(usable.state_dict()), dict(model.state_dict()))
     assert isinstance(usable.ask(small.rows[0]["image"], "what color is the shape?"), str)
     fresh, steps = make_model(seed=99), []                    # its first weights do not matter: the checkpoint's do
-    done, total = fit(fresh, small.train, SHORT, tmp_path, 4, scores_of, resume=True, on_step=lambda d, _: steps.append(d), log_every=2)
+    done, total = fit(fresh, small.train, SHORT, tmp_path, 4, scores_of, resume=True, on_step=lambda r: steps.append(r.step), log_every=2)
     assert done == 9 and steps == list(range(stop + 1, 10)) and total["cpu"] > spent["cpu"] and total["wall"] > spent["wall"]
     assert same(everything(tmp_path, fresh), straight[1])
 
 
 def test_a_crash_and_resume_is_the_run_without_a_crash(make_model, small, straight, tmp_path):
     "Killed after step 8: it goes on from the checkpoint at 6, and what the log says beyond it is dropped."
-    def on_step(done, _):
-        if done == 8:
+    def on_step(report):
+        if report.step == 8:
             raise MemoryError
     with pytest.raises(MemoryError):
         fit(make_model(), small.train, SHORT, tmp_path, 4, scores_of, on_step=on_step, log_every=2)
@@ -490,16 +421,16 @@ def test_a_crash_and_resume_is_the_run_without_a_crash(make_model, small, straig
 def test_a_finished_run_has_nothing_to_go_on_with(make_model, small, straight):
     folder, want = straight
     model, steps = make_model(seed=99), []
-    done, spent = fit(model, small.train, SHORT, folder, 4, scores_of, resume=True, on_step=lambda *s: steps.append(s))
+    done, spent = fit(model, small.train, SHORT, folder, 4, scores_of, resume=True, on_step=steps.append)
     assert done == 9 and steps == [] and spent["cpu"] > 0 and same(everything(folder, model), want)
 
 
 def test_ctrl_c_at_any_line_leaves_a_checkpoint_of_the_last_step(make_model, small, tmp_path):
     "The signal may come between any two lines of the loop, also before the first step and after the last look at it."
-    config, at = TrainingConfig(steps=2, batch_size=2, questions=1, evaluations=1), 0
+    stage, at = replace(SHORT, steps=2, batch_size=2, evaluations=1), 0
     outcomes = set()
-    while at < 60:
-        count, folder, codes = [0], tmp_path / str(at), (train_stage.__code__, _update.__code__)
+    while at < 120:
+        count, folder, codes = [0], tmp_path / str(at), (train_stage.__code__, train_step.__code__)
 
         def trace(frame, event, _):
             if frame.f_code not in codes:
@@ -513,7 +444,7 @@ def test_ctrl_c_at_any_line_leaves_a_checkpoint_of_the_last_step(make_model, sma
         before = sys.gettrace()
         sys.settrace(trace)
         try:
-            done, _ = fit(make_model(), small.train, config, folder)
+            done, _ = fit(make_model(), small.train, stage, folder, questions=1)
         finally:
             sys.settrace(before)
         if count[0] <= at:
@@ -522,7 +453,7 @@ def test_ctrl_c_at_any_line_leaves_a_checkpoint_of_the_last_step(make_model, sma
         VLMamba.from_pretrained(folder)
         outcomes.add(done)
         at += 1
-    assert outcomes == {0, 1, 2} and 10 < at < 60
+    assert outcomes == {0, 1, 2} and 10 < at < 120
 
 
 def test_stop_request():
@@ -539,30 +470,30 @@ def test_stop_request():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_checkpoint_needs_its_seed_and_its_model(make_model, straight, tmp_path):
+def test_a_checkpoint_needs_its_seed(make_model, small, straight, tmp_path):
     folder, _ = straight
     model = make_model(seed=5)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(ValueError, match="^seed: got 3, need 4, the seed this run began with$"):
-        load_checkpoint(folder, model, build_optimizers(model, SHORT), 3)
+        fit(model, small.train, SHORT, folder, 3, resume=True)
     with pytest.raises(FileNotFoundError, match="^resume: no checkpoint in "):
-        load_checkpoint(tmp_path, model, build_optimizers(model, SHORT), 4)
+        fit(model, small.train, SHORT, tmp_path, 4, resume=True)
+    with pytest.raises(ValueError, match="^resume: got True without a folder"):
+        fit(model, small.train, SHORT, resume=True)
     assert same(dict(model.state_dict()), before)
-    step, seconds = load_checkpoint(folder, model, build_optimizers(model, SHORT), 4)
-    assert step == 9 and set(seconds) == {"cpu", "wall"} and not same(dict(model.state_dict()), before)
 
 
 def test_a_checkpoint_that_is_pickled_code_does_not_run(make_model, small, tmp_path):
     "Whoever can write a checkpoint can write its manifest as well: what is read must be data even when the checksums agree."
-    from vlmamba_lite.training import write_folder
-
     class Malice:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
-    model = make_model()
-    optimizers = build_optimizers(model, SHORT)
-    next(training_steps(model, optimizers, small.train, SHORT))
-    path = save_checkpoint(tmp_path, model, optimizers, 1, 0, {"cpu": 0., "wall": 0.})
+
+    def stop(_):
+        signal.raise_signal(signal.SIGINT)
+    run = tmp_path / "run"
+    fit(make_model(), small.train, SHORT, run, on_step=stop)
+    path = latest_checkpoint(run)
     files = {p.name: p.read_bytes() for p in path.iterdir() if p.name != "manifest.json"}
     damaged = [{"optimizer.safetensors": pickle.dumps(Malice())}, {"model.safetensors": pickle.dumps(Malice())}, {"state.json": pickle.dumps(Malice())},
                {"state.json": b""}, {"model.safetensors": b"abc"}, {"model.safetensors": files["optimizer.safetensors"]}, {"manifest.json": b"{"}]
@@ -572,7 +503,7 @@ def test_a_checkpoint_that_is_pickled_code_does_not_run(make_model, small, tmp_p
         if "manifest.json" in change:
             (path / "manifest.json").write_bytes(change["manifest.json"])
         with pytest.raises(ValueError, match="^resume: .*step-00000001") as error:
-            load_checkpoint(tmp_path, model, build_optimizers(model, SHORT), 0)
+            fit(make_model(), small.train, SHORT, run, resume=True)
         assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
 
 
@@ -660,7 +591,6 @@ def test_provenance_is_not_that_of_another_repository(monkeypatch, tmp_path):
     import subprocess
 
     import vlmamba_lite
-    from vlmamba_lite import training
     installed = tmp_path / "venv" / "site-packages" / "vlmamba_lite"
     installed.mkdir(parents=True)
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
@@ -671,7 +601,7 @@ def test_provenance_is_not_that_of_another_repository(monkeypatch, tmp_path):
     (tmp_path / "theirs.py").write_text("")
     subprocess.run([*git, "add", "theirs.py"], cwd=tmp_path, check=True)
     subprocess.run([*git, "commit", "-q", "-m", "theirs"], cwd=tmp_path, check=True)
-    monkeypatch.setattr(training, "__file__", str(installed / "training.py"))
+    monkeypatch.setattr(results, "__file__", str(installed / "results.py"))
     assert provenance()["commit"] == f"release {vlmamba_lite.__version__}"
 
 

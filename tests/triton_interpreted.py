@@ -11,7 +11,7 @@ from scan_cases import DIFFERENTIABLE, assert_near, cast, draw, outputs_and_grad
 from vlmamba_lite import scan_triton
 from vlmamba_lite.ops.reference import selective_scan_reference
 from vlmamba_lite.scan_triton import INTERPRETED, _PLACES, _scan_backward_op, _scan_op, selective_scan_triton
-from vlmamba_lite.vss import SS2D, VSS, _kept_order, _order_once, scan_order
+from vlmamba_lite.connectors.vss import VSS, _kept_order, _order_once, scan_order
 
 assert INTERPRETED, "needs TRITON_INTERPRET=1 in the environment"
 
@@ -316,17 +316,17 @@ def test_orders_that_do_not_fit():
         selective_scan_triton(**{**args, "u": args["u"][:, :2]}, order=shuffled(2, 3), along_paths=True)
 
 
-@pytest.mark.parametrize("make", [lambda: VSS(3, d_state=2, bias=True, expand=1), lambda: VSS(3, shared=False, d_state=2, bias=True, expand=1),
-                                  lambda: SS2D(3, d_state=2, scan="csm", expand=1)], ids=["shared", "own", "vmamba"])
+@pytest.mark.parametrize("make", [lambda: VSS(3, d_state=2, bias=True, expand=1), lambda: VSS(3, shared=False, d_state=2, bias=True, expand=1)],
+                         ids=["shared", "own"])
 def test_modules_scan_a_picture_in_one_launch(make, monkeypatch):
-    "Values and every gradient of the modules of chapter 06, named backend triton, against their plain form in float64."
+    "Values and every gradient of `VSS`, named backend triton, against their plain form in float64."
     torch.manual_seed(0)
     module, x = make(), torch.randn(1, 4, 3)
     launches = []
     monkeypatch.setattr(scan_triton, "selective_scan_triton", lambda *a, **k: launches.append(k["order"].shape) or selective_scan_triton(*a, **k))
 
     def outputs(module, x, backend):
-        for part in (module, *getattr(module, "mixers", ())):
+        for part in module.mixers:
             part.backend = backend
         x = x.detach().requires_grad_()
         y = module(x, (2, 2))
@@ -335,7 +335,7 @@ def test_modules_scan_a_picture_in_one_launch(make, monkeypatch):
         return {"y": y, **dict(zip(names, torch.autograd.grad((y * weights).sum(), leaves)))}
 
     got = outputs(module, x, "triton")
-    assert launches == [(len(module.x_proj_weight) if isinstance(module, SS2D) else 2, 4)]
+    assert launches == [(2, 4)]
     assert_near(got, outputs(module.double(), x.double(), "reference"), 1e-5)
 
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['VSS_MLP', 'MSC_ARGS', 'MSC_BASIC', 'MSC_ADVANCED', 'CONV', 'VIT', 'ATTENTION', 'ROWS', 'EASY', 'SHORT', 'TASKS',
            'CLEVR_QUESTIONS', 'CLEVR_TYPES', 'CLEVR_PHASES', 'CLEVR', 'Row', 'check_names', 'row_config', 'OneWay',
-           'tail', 'QuestionFirst', 'QuestionFirstLearner', 'after_question', 'build_row', 'Recipe', 'Task',
-           'load_easy', 'clevr_score', 'scene_lists', 'clevr_tokenizer', 'clevr_set', 'load_clevr', 'grid_positions',
-           'place_positions', 'row_settings', 'examine', 'start_row', 'train_row', 'run_row', 'kept_result',
-           'grid_plan', 'run_grid', 'timed_price', 'priced', 'cost_table']
+           'tail', 'QuestionFirst', 'after_question', 'build_row', 'Recipe', 'Task', 'load_easy', 'clevr_score',
+           'scene_lists', 'clevr_tokenizer', 'clevr_set', 'load_clevr', 'grid_positions', 'place_positions',
+           'row_settings', 'examine', 'start_row', 'train_row', 'run_row', 'kept_result', 'grid_plan', 'run_grid',
+           'timed_price', 'priced', 'cost_table']
 
 # %% ../../nbs/evaluation/grid.ipynb #52870c80
 import json
@@ -35,11 +35,9 @@ from ..files import naming
 from ..model.memory import count_parameters
 from ..model.presets import lite_config, override
 from ..model.vlmamba import VLMamba
-from ..training.distributed import Processes
-from ..training.loop import Learner, train_stage
+from ..training.loop import train
 from ..training.recipes import Stage
-from ..training.results import Trackers, differences, write_result
-from ..training.run import Run
+from ..training.results import differences, write_result
 from ..vss import VSS
 
 # %% ../../nbs/evaluation/grid.ipynb #64150d9d
@@ -132,12 +130,6 @@ class QuestionFirst(VLMamba):
         state = self.listen(images, batch.prefixes[batch.prefix_of, 0], batch.input_ids, prompt)
         ids, labels = tail(batch.input_ids, prompt - 1, 0), tail(batch.labels, prompt - 1, -100)
         return self.language(ids, state=state, labels=labels, return_state=False)
-
-
-class QuestionFirstLearner(Learner):
-    "The loss of a `QuestionFirst`, for the training loop."
-    def forward(self, batch):
-        return self.model(batch).loss
 
 
 def after_question(model, pictures, which, ids, mask):
@@ -324,14 +316,12 @@ def train_row(model, task, data, seed):
     def check(step, scores):
         curve.append(dict(step=step, loss=float(np.mean(losses)), validation=scores))
         losses.clear()
-    learner = (QuestionFirstLearner if isinstance(model, QuestionFirst) else Learner)(model)
-    run = Run(learner, (stage,), {stage.name: source}, None, seed, Processes(model.device), Trackers(),
-              evaluate=lambda model: examine(model, task, data["validation"]),
-              on_step=lambda report: losses.append(report.loss), on_check=check)
-    run.begin(stage)
-    train_stage(run, stage)
-    run.close()
-    return curve, run.watch.spent
+    done, spent = train(model, (stage,), {stage.name: source}, seed=seed, on_check=check,
+                        evaluate=lambda model: examine(model, task, data["validation"]),
+                        on_step=lambda report: losses.append(report.loss))
+    if done < recipe.steps:                                              # Ctrl-C: half a run is no result
+        raise KeyboardInterrupt
+    return curve, spent
 
 
 def run_row(task, row, seed=0, device="cpu"):

@@ -1,14 +1,12 @@
 """Transition only: the names of the former module `vlmamba_lite.training`, for rooms that still import them. To be emptied."""
 import importlib.util  # noqa: F401
-import time
-from dataclasses import dataclass, replace
-from statistics import median
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from vlmamba_lite.data import Batch, augment, draw_questions, normalize
+from vlmamba_lite.data import Batch, VQABatches, augment, draw_questions, normalize
 from vlmamba_lite.training.checkpoints import *  # noqa: F403
 from vlmamba_lite.training.distributed import *  # noqa: F403
 from vlmamba_lite.training.distributed import Processes
@@ -72,37 +70,19 @@ def make_batch(data, config, seed, step):
     return images, data.input_ids[rows, :longest], data.labels[rows, :longest]
 
 
-@dataclass
-class Lessons:
-    data: object
-    config: TrainingConfig
-    batch_size: int | None = None
-    seed: int = 0
-
-    def __getitem__(self, step):
-        size, q = self.batch_size or self.config.batch_size, self.config.questions
-        whole, first = divmod(step * size, self.config.batch_size)
-        images, ids, labels = make_batch(self.data, self.config, self.seed, whole)
-        return as_batch(images[first:first + size], ids[first * q:(first + size) * q], labels[first * q:(first + size) * q])
-
-    @property
-    def mixture(self):
-        return type("Mixture", (), {"sets": [self.data.images]})
+def Lessons(data, config, seed=0):
+    return VQABatches(data, config.steps, config.batch_size, seed, config.questions, config.phases, config.shift)
 
 
 def as_batch(images, ids, labels):
-    n, q = len(images), len(ids) // len(images)
     learned = (labels != -100) * torch.arange(1, labels.shape[1] + 1)
-    mask = torch.arange(labels.shape[1]) < learned.amax(1, keepdim=True)
-    starts = torch.full_like(ids, -1)
-    starts[:, 0] = torch.arange(len(ids))
-    return Batch(images, torch.arange(n)[:, None], torch.arange(n).repeat_interleave(q), starts, ids, labels, mask, [str(i) for i in range(len(ids))])
+    return Batch.from_rows(images, ids, labels, torch.arange(labels.shape[1]) < learned.amax(1, keepdim=True))
 
 
 def fit(model, data, config, folder, seed=0, evaluate=None, resume=False, on_step=None, on_check=None, log_every=10, **options):
     hear = on_step and (lambda report: on_step(report.step, report.loss))
     stage = as_stage(config)
-    return train(model, (stage,), {stage.name: Lessons(data, config, seed=seed)}, folder, seed, evaluate, resume, hear, on_check, log_every, **options)
+    return train(model, (stage,), {stage.name: Lessons(data, config, seed)}, folder, seed, evaluate, resume, hear, on_check, log_every, **options)
 
 
 def check_finite(name, value):
@@ -155,20 +135,4 @@ def accumulate(learner, batches, processes):
     return loss
 
 
-def prefix_reuse_cost(model, data, questions=8, repeats=7, seed=0):
-    config = TrainingConfig(questions=questions)
-    images, ids, labels = make_batch(data, config, seed, step=config.steps - 1)
-    forms = {"once": images, "repeated": images.repeat_interleave(questions, 0)}
-    spent = {name: [] for name in forms}
-    for _ in range(repeats + 1):
-        for name, seen in forms.items():
-            began = time.process_time()
-            model(seen, ids, labels).loss.backward()
-            spent[name].append(time.process_time() - began)
-            model.zero_grad()
-    once, repeated = (median(spent[name][1:]) for name in forms)
-    return dict(questions=questions, pictures=len(images), repeats=repeats, once_cpu_seconds=once, repeated_cpu_seconds=repeated, ratio=repeated / once)
-
-
 __all__ = [name for name in dir() if not name.startswith("_") and name not in ("annotations",)]
-_ = replace

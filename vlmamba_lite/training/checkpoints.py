@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'CHECKPOINT', 'file_sha256', 'push_to_disk', 'write_folder', 'readable', 'verify_checkpoint',
            'checkpoints', 'has_checkpoint', 'latest_checkpoint', 'read_state', 'best_checkpoint', 'drop_checkpoints',
-           'save_checkpoint', 'stored_tensors', 'put_weights', 'restore_weights', 'put_optimizer', 'restore_optimizers']
+           'save_checkpoint', 'restore_weights', 'put_optimizer', 'restore_optimizers']
 
 # %% ../../nbs/training/checkpoints.ipynb #bc6a6e6d
 import hashlib
@@ -14,13 +14,12 @@ import math
 import os
 import shutil
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..files import load_weights, tensors_in
 from .distributed import gather, main_process, share_of
 
 # %% ../../nbs/training/checkpoints.ipynb #73f57252
@@ -162,41 +161,25 @@ def save_checkpoint(folder, model, optimizers, state, whole=None, raw=None):
     return path
 
 # %% ../../nbs/training/checkpoints.ipynb #e6df9386
-def stored_tensors(folder, stem):
-    "Pairs (name, tensor), one after another, of the safetensors files of a folder whose names begin with `stem`."
-    for path in sorted(Path(folder).glob(f"{stem}*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
-
-
-def put_weights(model, tensors):
-    "Fills a whole model with pairs (name, tensor). Raises a `ValueError` for a name or shape it does not have, and for one that is missing."
-    targets, filled = model.state_dict(keep_vars=True), set()
-    for name, tensor in tensors:
-        if name not in targets or targets[name].shape != tensor.shape:
-            raise ValueError(f"weights: got {name} of shape {tuple(tensor.shape)}, need one of this model's")
-        targets[name].data.copy_(tensor)
-        filled.add(id(targets[name]))
-    if missing := [name for name, t in targets.items() if id(t) not in filled]:           # a tied weight is stored once
-        raise ValueError(f"weights: got none for {missing[0]}")
-
-
+@torch.no_grad()
 def restore_weights(path, model):
     "Puts the weights of a checkpoint into a whole model. Raises a `ValueError` where they are not this model's."
     with readable(path):
-        put_weights(model, chain(stored_tensors(path, "model"), stored_tensors(path, "raw")))
+        load_weights(model, tensors_in(*sorted(path.glob("model*.safetensors"))))
+        parameters = dict(model.named_parameters())
+        for name, _, read in tensors_in(*path.glob("raw.safetensors")):
+            parameters[name].copy_(read())
 
 # %% ../../nbs/training/checkpoints.ipynb #d5407691
 def put_optimizer(model, optimizers, tensors):
-    "Gives optimizers a state from pairs (\"parameter name/key\", tensor). `ValueError` for a tensor of a parameter they do not update."
+    "Gives optimizers a state from (\"parameter name/key\", shape, read), as `tensors_in` yields them. `ValueError` for a foreign parameter."
     trained, states = {p for o in optimizers for group in o.param_groups for p in group["params"]}, {}
     params = dict(model.named_parameters())
-    for name, tensor in tensors:                               # one at a time: only the share of this process stays
+    for name, _, read in tensors:                              # one at a time: only the share of this process stays
         name, _, key = name.rpartition("/")
         if params.get(name) not in trained:
             raise ValueError(f"optimizer: got a state for {name}, need one of the parameters that train")
-        states.setdefault(params[name], {})[key] = share_of(tensor, params[name])
+        states.setdefault(params[name], {})[key] = share_of(read(), params[name])
     for optimizer in optimizers:
         own = [p for group in optimizer.param_groups for p in group["params"]]
         state = {i: states[p] for i, p in enumerate(own) if p in states}
@@ -207,12 +190,12 @@ def put_optimizer(model, optimizers, tensors):
 def restore_optimizers(path, model, optimizers, ema=None):
     "Puts the state of a checkpoint into the optimizers of its stage, and its mean of the weights. Raises a `ValueError` where they do not fit."
     with readable(path):
-        put_optimizer(model, optimizers, stored_tensors(path, "optimizer"))
+        put_optimizer(model, optimizers, tensors_in(*path.glob("optimizer.safetensors")))
         if ema is None:
             return
         every = dict(model.named_parameters(remove_duplicate=False))
         names = {p: name for name, p in model.named_parameters()}          # of a tied weight, either name may have been saved
-        for name, tensor in stored_tensors(path, "model"):
+        for name, _, read in tensors_in(*path.glob("model*.safetensors")):
             if name in every and names[every[name]] in ema.mean:
                 mean = ema.mean[names[every[name]]]
-                mean.copy_(share_of(tensor, mean))
+                mean.copy_(share_of(read(), mean))

@@ -17,9 +17,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..data import batch_loss, collate_packed
+from ..data import collate_packed
 from ..language_model import real_labels
-from ..model import picture_pixels
 from .checkpoints import has_checkpoint
 from .distributed import Processes, main_process
 from .recipes import count_steps, learning_rate, set_modes
@@ -32,18 +31,18 @@ def train_step(learner, optimizers, batches, lr, clip, processes):
 
     learner(batch) is a mean loss. A loss or gradient that is not finite is a `FloatingPointError`, before a weight has changed.
     """
-    counts = [learned_tokens(batch) for batch in batches]
-    total = processes.sum(torch.tensor(float(sum(counts)), device=processes.device))   # of all processes, or a short answer would count more
+    counts = torch.tensor([float(learned_tokens(batch)) for batch in batches], device=processes.device)
+    shares = counts * processes.count / processes.sum(counts.sum())    # by tokens of all processes, or a short answer would count more
     learner.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=processes.device)
-    for i, (batch, count) in enumerate(zip(batches, counts)):
+    for i, (batch, share) in enumerate(zip(batches, shares)):
         with processes.hold(learner, i < len(batches) - 1):            # gradients travel between processes once a step
-            part = learner(batch.to(processes.device)) * (count * processes.count / total)
+            part = learner(batch.to(processes.device)) * share
             part.backward()                                            # one micro-batch at a time: its activations are freed here
-        loss += part.detach() / processes.count                        # processes average their gradients, hence the two factors
+        loss += part.detach() / processes.count                        # processes average their gradients, hence the factor in `shares`
     norm = nn.utils.clip_grad_norm_(learner.parameters(), clip)        # one strange batch must not throw the weights far
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    loss, norm = torch.stack([processes.sum(loss), norm]).tolist()     # the only time in a step that the CPU waits for a GPU
+    loss, norm = torch.stack([processes.sum(loss), norm]).tolist()     # the one place where the loop waits for a GPU
     for name, value in (("loss", loss), ("gradient: norm", norm)):     # a finite loss can have a gradient that is not
         if not math.isfinite(value):
             raise FloatingPointError(f"{name}: got {value}, need a finite number")
@@ -73,7 +72,7 @@ def train_stage(run, stage, done=0):
         done += 1
         run.report(stage, done, loss, lr, batches)                     # progress bar, metrics.jsonl, trackers
         if done == stage.steps:
-            run.end(stage)                                             # proves that what was frozen has not moved
+            run.end(stage)                                             # checks that what was frozen has not moved
         if done in checks:
             run.save(stage, done)                                      # validates first: the checkpoint knows its score
     if done not in checks:                                             # stopped between two checks
@@ -90,10 +89,11 @@ def accumulation(stage, processes=1):
 
 
 def micro_batches(source, stage, processes=1, process=0, start=0, workers=0):
-    "Yields, for each step of a stage from `start` on, the list of micro-batches of one process. source: a `Batches`."
+    "Yields, for each step of a stage from `start` on, the list of micro-batches of one process. source: `Batches` or `VQABatches`."
     each = accumulation(stage, processes)
-    source = replace(source, batch_size=stage.batch_size // (each * processes))
-    mine = range(start * each * processes + process, stage.steps * each * processes, processes)
+    parts = each * processes                                           # source[step * parts + part] is a part of the step's batch
+    source = replace(source, batch_size=stage.batch_size, parts=parts)
+    mine = range(start * parts + process, stage.steps * parts, processes)
     loader = iter(DataLoader(source, batch_size=None, sampler=mine, num_workers=workers))
     for _ in range(start, stage.steps):
         yield [next(loader) for _ in range(each)]
@@ -110,19 +110,18 @@ class Learner(nn.Module):
     def __init__(self, model, precision="fp32"):
         super().__init__()
         self.model, self.precision, self.visual_tokens = model, precision, 0
-        self.blank = picture_pixels(model, Image.new("RGB", (32, 32))).to(next(model.parameters()).dtype)
+        self.blank = model.pixels(Image.new("RGB", (32, 32)))
+        self.hook = model.connector.register_forward_hook(self.count)
 
-    def see(self, images):
-        tokens = self.model.see(images)
+    def count(self, connector, args, tokens):
         self.visual_tokens += tokens.shape[0] * tokens.shape[1]
-        return tokens
 
     def forward(self, batch):
         if not batch.images.numel():       # all processes must run the same modules: a black picture that belongs to no text, its gradient is 0
             nowhere = dict(prefixes=torch.tensor([[0], [-1]]), prefix_of=torch.ones_like(batch.prefix_of))
             batch = replace(batch, images=self.blank, **nowhere).to(self.model.device)
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return batch_loss(self.model.language, batch, self.see)
+            return self.model(batch).loss
 
 # %% ../../nbs/training/17_loop.ipynb #b0b5acf7
 def train(model, stages, sources, folder=None, seed=0, evaluate=None, resume=False, on_step=None, on_check=None, log_every=10,
@@ -187,7 +186,7 @@ def validation_loss(model, batches, count):
     losses, weights, was_training = [], [], model.training
     try:
         for batch in DataLoader(batches, batch_size=None, sampler=range(count)):
-            losses.append(batch_loss(model.eval().language, batch.to(model.device), model.see).item())
+            losses.append(model.eval()(batch.to(model.device)).loss.item())
             weights.append(learned_tokens(batch))
     finally:
         model.train(was_training)

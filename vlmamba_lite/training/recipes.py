@@ -212,7 +212,7 @@ def count_steps(stage, source):
     "The steps of a stage: its own, or those that its epochs need over a source, the last batch of an epoch filled up from the next."
     if stage.steps is not None:
         return stage.steps
-    return math.ceil(stage.epochs * sum(map(len, source.mixture.sets)) / stage.batch_size)
+    return math.ceil(stage.epochs * source.samples / stage.batch_size)
 
 
 def total_steps(stages, sources):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'RUN_CONFIG', 'StopRequest', 'MetricsLog', 'read_metrics', 'Trackers', 'StepReport', 'Stopwatch', 'Speed',
-           'used_memory', 'differences', 'write_run_config', 'plot_curves', 'provenance', 'write_result']
+           'used_memory', 'differences', 'write_run_config', 'plot_curves', 'provenance', 'write_result',
+           'prefix_reuse_cost']
 
 # %% ../../nbs/training/results.ipynb #1ab67574
 import importlib.util
@@ -16,14 +17,16 @@ import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 
 import torch
 
 from .. import __version__
-from ..language_model import write_atomically
+from ..data import VQABatches
+from ..files import write_atomically, write_json
 
 # %% ../../nbs/training/results.ipynb #37897170
 class StopRequest:
@@ -165,7 +168,7 @@ def write_run_config(folder, resume=False, **settings):
     if resume:
         for name, got, need in differences(settings, json.loads(path.read_text(encoding="utf-8"))):
             raise ValueError(f"{name}: got {got}, need {need}, with which this run began")
-    write_atomically(path, lambda part: part.write_text(json.dumps(settings, indent=2) + "\n"))
+    write_json(path, settings)
 
 # %% ../../nbs/training/results.ipynb #924913d0
 def plot_curves(metrics, path=None):
@@ -213,5 +216,22 @@ def provenance():
 
 def write_result(path, **result):
     "A result file: `result` and where it comes from, as JSON, written atomically."
-    text = json.dumps({**result, **provenance()}, indent=2)
-    write_atomically(path, lambda part: part.write_text(text + "\n"))
+    write_json(path, {**result, **provenance()})
+
+# %% ../../nbs/training/results.ipynb #72dc2658
+def prefix_reuse_cost(model, data, questions=8, repeats=7, seed=0):
+    "CPU seconds of a training step with each picture of a `VQASet` read once and with it repeated for every question: medians, and their ratio."
+    batches = VQABatches(data, seed=seed, questions=questions)
+    once = batches[batches.steps - 1]
+    rows = torch.arange(len(once.input_ids))
+    repeated = replace(once, images=once.images[once.prefix_of], prefixes=rows[:, None], prefix_of=rows)
+    spent = {"once": [], "repeated": []}
+    for _ in range(repeats + 1):
+        for name, batch in (("once", once), ("repeated", repeated)):
+            began = time.process_time()
+            model(batch).loss.backward()
+            spent[name].append(time.process_time() - began)
+            model.zero_grad()
+    seconds = {name: median(times[1:]) for name, times in spent.items()}             # the first of each warms up
+    return dict(questions=questions, pictures=len(once.images), repeats=repeats, once_cpu_seconds=seconds["once"],
+                repeated_cpu_seconds=seconds["repeated"], ratio=seconds["repeated"] / seconds["once"])

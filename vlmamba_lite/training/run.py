@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..language_model import write_atomically
+from ..files import write_atomically
 from .checkpoints import (drop_checkpoints, latest_checkpoint, read_state, restore_optimizers, restore_weights,
                                                save_checkpoint, verify_checkpoint)
 from .distributed import Processes, main_process, whole_model
@@ -155,4 +155,5 @@ class Run:
     def close(self):
         "Closes the trackers and leaves a plain model behind (with FSDP its parameters stay shared out)."
         self.trackers.close()
+        self.core.hook.remove()
         self.model.language.backbone.recompute, self.learner = False, None
