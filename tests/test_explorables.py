@@ -11,11 +11,7 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the [dev] extra")
 ROOT = Path(__file__).resolve().parent.parent
-<<<<<<< HEAD
-NOTEBOOK = {"memory": "ops/01_reference", "scan_orders": "06_vss", "cost": "18_scaling"}
-=======
-NOTEBOOK = {"memory": "01_scan_reference", "scan_orders": "connectors/10_vss", "cost": "18_scaling"}
->>>>>>> h/training
+NOTEBOOK = {"memory": "ops/01_reference", "scan_orders": "connectors/10_vss", "cost": "evaluation/19_cost"}
 THEMES = {"light": "background: #fff; color: #222", "dark": "background: #181a1f; color: #dde"}
 
 
