@@ -330,21 +330,21 @@ def lmms_eval_model():
 
         def __init__(self, pretrained, device="cpu", batch_size=1, max_new_tokens=16, **_):
             super().__init__()
-            self.model, self.batch_size = VLMamba.from_pretrained(pretrained, device), int(batch_size)
+            self.vlmamba, self.rows = VLMamba.from_pretrained(pretrained, device), int(batch_size)
             self.max_new_tokens = int(max_new_tokens)
 
         def generate_until(self, requests):
             "A text for each request, about its one picture."
             texts = []
-            for start in range(0, len(requests), self.batch_size):          # a benchmark's pictures do not fit in memory
+            for start in range(0, len(requests), self.rows):            # all pictures would not fit in memory
                 pairs = []
-                for request in requests[start:start + self.batch_size]:
+                for request in requests[start:start + self.rows]:
                     context, _, doc_to_visual, doc, task, split = request.args
                     pictures = doc_to_visual(self.task_dict[task][split][doc])
                     if len(pictures) != 1:
                         raise ValueError(f"requests: got {len(pictures)} pictures in one, need one")
                     pairs.append((pictures[0], context))
-                texts += answer(self.model, pairs, self.batch_size, self.max_new_tokens)
+                texts += answer(self.vlmamba, pairs, self.rows, self.max_new_tokens)
             return texts
 
         def generate_until_multi_round(self, requests):
