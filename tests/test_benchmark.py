@@ -1,4 +1,4 @@
-"""The measures of chapter 18, and that each benchmark compares programs that compute the same."""
+"""The measures of chapter 19, and that each benchmark compares programs that compute the same."""
 import json
 from dataclasses import replace
 
@@ -6,43 +6,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vlmamba_lite import benchmark
-from vlmamba_lite.benchmark import (
-    bench_block,
-    bench_directions,
-    bench_generation,
-    bench_scaling,
-    bench_training,
-    block_parts,
-    card_limits,
-    compared,
-    comparison_table,
-    exponents,
-    mamba_peer,
-    most_held,
-    peak_bytes,
-    random_model,
-    read_result,
-    runnable_blocks,
-    scaling_models,
-    scan_inputs_of,
-    scan_peers,
-    side_by_side,
-    slope,
-    ssd_inputs_of,
-    state_bytes,
-    step_operations,
-    training_form,
-    training_numbers,
-    training_step,
-    use_blocks,
-    whole_step,
-)
-from vlmamba_lite.model import count_parameters
-from vlmamba_lite.training import RECIPES
+from vlmamba_lite.evaluation import benchmarks, cost
+from vlmamba_lite.evaluation.benchmarks import (bench_block, bench_directions, bench_generation, bench_scaling, bench_training, block_parts,
+                                                card_limits, exponents, mamba_peer, most_held, random_model, runnable_blocks, scaling_models,
+                                                scan_inputs_of, scan_peers, ssd_inputs_of, ssd_peer, step_operations, training_form, use_blocks)
+from vlmamba_lite.evaluation.cost import (compared, comparison_table, fit_power, peak_bytes, read_result, side_by_side, state_bytes,
+                                          training_step)
 from vlmamba_lite.mamba import Mamba
+from vlmamba_lite.model import count_parameters
 from vlmamba_lite.scan import selective_scan
 from vlmamba_lite.ssd import ssd_chunked
+from vlmamba_lite.training.recipes import RECIPES
 
 
 class Clock:
@@ -50,7 +24,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.wall = self.cpu = 0.0
         self.perf_counter, self.process_time = lambda: self.wall, lambda: self.cpu
-        monkeypatch.setattr(benchmark, "time", self)
+        monkeypatch.setattr(cost, "time", self)
 
     def passes(self, wall, cpu=0.0):
         self.wall, self.cpu = self.wall + wall, self.cpu + cpu
@@ -82,10 +56,12 @@ def test_training_step_gives_every_gradient():
     x, y = torch.tensor([2.0]), torch.tensor([3.0])
     assert [g.item() for g in training_step(lambda a, b: a * a * b, [x, y])()] == [12.0, 4.0]
     layer = torch.nn.Linear(2, 2)
-    step = whole_step(layer, layer, [torch.ones(1, 2)])
+    step = training_step(layer, [torch.ones(1, 2)], layer)
     step()
-    step()
-    assert_close(layer.weight.grad, torch.ones(2, 2))               # not the sum of two steps
+    x_grad, weight, bias = step()
+    assert_close(weight, torch.ones(2, 2))                          # not the sum of two steps
+    assert_close(bias, torch.ones(2))
+    assert_close(x_grad, layer.weight.sum(0, keepdim=True))
 
 
 def test_memory_of_a_step_is_that_of_its_tensors():
@@ -103,10 +79,9 @@ def test_scan_peers_compute_our_scan(peer):
 
 
 def test_ssd_and_block_peers_compute_ours():
-    modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    pytest.importorskip("transformers")
     x, dt, A, B, C, D = ssd_inputs_of((2, 70, 4, 8, 16))
-    peer = modeling.mamba2_chunk_scan
-    assert_close(getattr(peer, "__wrapped__", peer)(x, dt, A, B, C, 32, D=D), ssd_chunked(x, dt, A, B, C, D=D), rtol=1e-4, atol=1e-4)
+    assert_close(ssd_peer()(x, dt, A, B, C, 32, D=D), ssd_chunked(x, dt, A, B, C, D=D), rtol=1e-4, atol=1e-4)
     torch.manual_seed(0)
     block, x = Mamba(16), torch.randn(2, 9, 16)
     assert_close(mamba_peer(block)(x), block(x), rtol=1e-4, atol=1e-5)
@@ -116,12 +91,14 @@ def test_block_parts_run_and_are_named():
     torch.manual_seed(0)
     parts = block_parts(Mamba(8), 1, 5)
     assert list(parts)[0] == "whole block" and len(parts) == 5
-    for step in parts.values():
-        step()
+    block = torch.nn.ModuleList([Mamba(8)])[0]
+    used = [sum(g is not None for g in step()) for step in block_parts(block, 1, 5).values()]
+    assert used[0] == 1 + len(list(block.parameters())) and min(used) >= 2        # each part has a gradient, the block all of them
 
 
 def test_small_benchmarks_hold_what_the_chapter_reads(monkeypatch):
-    monkeypatch.setattr(benchmark, "side_by_side", lambda forms, repeats=1: side_by_side(forms, repeats, turn=1e-4))
+    for module in (benchmarks, cost):
+        monkeypatch.setattr(module, "side_by_side", lambda forms, repeats=1: side_by_side(forms, repeats, turn=1e-4))
     pytest.importorskip("transformers")
     result = bench_block(d_model=16, batch=1, length=8, repeats=1)
     assert result["peers"][0]["ratio"] > 0 and [p["part"] for p in result["parts"]][0] == "whole block"
@@ -156,7 +133,8 @@ def test_state_bytes_count_every_tensor():
 def test_slope_is_the_power():
     lengths = [1, 2, 4, 8]
     for p in (0, 0.5, 1, 2):
-        assert abs(slope(lengths, [3 * n**p for n in lengths]) - p) < 1e-12
+        fit = fit_power([(n, 3 * n**p) for n in lengths], start=1)
+        assert abs(fit["p"] - p) < 1e-12 and abs(fit["c"] - 3) < 1e-12
     rows = [dict(model=m, length=n, prefill={"cpu_seconds": n**p}, decode={"cpu_seconds": 5.0}, state_bytes=7) for m, p in (("a", 1), ("b", 2)) for n in lengths]
     rows += [dict(model="a", length=0.1, prefill={"cpu_seconds": 99.0}, decode={"cpu_seconds": 99.0}, state_bytes=1)]        # below the start
     assert abs(exponents(rows, "a", start=1)["prefill"] - 1) < 1e-12 and abs(exponents(rows, "b", start=1)["prefill"] - 2) < 1e-12
@@ -165,8 +143,9 @@ def test_slope_is_the_power():
 
 def test_scaling_measures_each_model_at_each_length(monkeypatch):
     small = scaling_models(32)
-    monkeypatch.setattr(benchmark, "scaling_models", lambda seed: small)
-    monkeypatch.setattr(benchmark, "side_by_side", lambda forms, repeats=1: side_by_side(forms, repeats, turn=1e-4))
+    monkeypatch.setattr(benchmarks, "scaling_models", lambda seed: small)
+    for module in (benchmarks, cost):
+        monkeypatch.setattr(module, "side_by_side", lambda forms, repeats=1: side_by_side(forms, repeats, turn=1e-4))
     result = bench_scaling(512, longest=1024, longest_attention=512, repeats=1)
     lengths = {name: [row["length"] for row in result["lengths"] if row["model"] == name] for name in small}
     assert lengths == {"mamba": [49, 512, 729, 1024, 2916], "mamba2": [49, 512, 729, 1024, 2916], "attention": [49, 512, 729, 2916]}
@@ -190,7 +169,6 @@ def test_operations_of_a_step_by_hand():
 def test_card_limits():
     assert card_limits("NVIDIA A100 80GB PCIe") == (312e12, 1.935e12) and card_limits("NVIDIA H200")[1] == 4.8e12
     assert card_limits("NVIDIA H100 PCIe") is None and card_limits("NVIDIA H200 NVL") is None and card_limits(None) is None
-    assert training_numbers(2.0, 100, 312e12, "NVIDIA A100 80GB PCIe") == dict(tokens_per_second=50.0, operations_per_second=156e12, mfu=0.5)
 
 
 def test_blocks_are_switched_in_every_layer():
@@ -202,14 +180,19 @@ def test_blocks_are_switched_in_every_layer():
 
 
 def test_training_and_generation_are_measured(monkeypatch):
-    monkeypatch.setattr(benchmark, "side_by_side", lambda forms, repeats=1: side_by_side(forms, repeats, turn=1e-4))
+    monkeypatch.setattr(benchmarks, "gpu_name", lambda: "NVIDIA A100 80GB PCIe")
+    for module in (benchmarks, cost):
+        monkeypatch.setattr(module, "side_by_side", lambda forms, repeats=1: side_by_side(forms, repeats, turn=1e-4))
     result = bench_training("tiny", rows=2, length=6, batch_size=4, repeats=1)
     assert result["text_tokens"] == 24 and result["visual_tokens"] == 4 * 64 and list(result["blocks"]) == runnable_blocks()
     ours = result["blocks"]["ours"]
     assert ours["tokens_per_second"] == pytest.approx(280 / ours["wall_seconds"]) and ours["peak_bytes"] > 0
+    assert ours["operations_per_second"] == pytest.approx(result["operations"] / ours["wall_seconds"])
+    assert ours["mfu"] == pytest.approx(ours["operations_per_second"] / 312e12)
     result = bench_generation("tiny", tokens=5, repeats=1)
     steps = result["forms"]["steps"]
     assert steps["tokens_per_second"] == pytest.approx(5 / steps["wall_seconds"])
+    assert result["limit_tokens_per_second"] == pytest.approx(1.935e12 / result["weight_bytes"])
     assert result["weight_bytes"] == 4 * count_parameters(random_model("tiny"))["language"]
 
 

@@ -42,9 +42,9 @@ def write_data(folder):
     (folder / "captions.json").write_text(json.dumps(captions))
     (folder / "pope" / "val2014").mkdir(parents=True)
     draw(folder / "pope" / "val2014" / "0.png", "red", "square")
-    for kind in ("random", "popular", "adversarial"):
-        lines = [{"question_id": n, "image": "0.png", "text": f"Is there a {shape}?", "label": "yes"} for n, shape in enumerate(SHAPES)]
-        (folder / "pope" / f"coco_pope_{kind}.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [{"image": "val2014/0.png", "question": f"Is there a {shape}?", "answer": "yes", "category": kind}
+             for kind in ("random", "popular", "adversarial") for shape in SHAPES]
+    (folder / "pope" / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_parts(folder):

@@ -1,5 +1,6 @@
 """Scores worked out by hand, floors of easy-VQA, answers of a batch against answers one by one, and which samples are shown."""
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmamba_lite.data import EOS, PAD, QUESTION_TYPES, UNK, VQASet, load_easy_vqa
-from vlmamba_lite.evaluation import (PUBLISHED, accuracy, accuracy_by_type, answer_all, answer_pictures, blind_majority, decode_answer,
-                                     evaluate, floors, pick_samples, plot_samples)
-from vlmamba_lite.training import TrainingConfig, build_optimizers, training_steps
+from vlmamba_lite.evaluation.answers import (PUBLISHED, accuracy, accuracy_by_type, answer, answer_all, baselines, blind_majority, conversation_samples, evaluate, pick_samples, plot_samples,
+                                             sample_sheet)
+from vlmamba_lite.data.easy_vqa import VQABatches
+from vlmamba_lite.training.loop import train
+from vlmamba_lite.training.recipes import pick_recipe
 
 
 # Scores
@@ -21,7 +24,7 @@ def test_accuracy_by_hand():
     assert accuracy(["Red", "red ", ""], ["red", "red", "red"]) == 0                              # letter for letter
     assert accuracy(["a"], ("a",)) == 1 and isinstance(accuracy(["a"], ["a"]), float)
     for predictions, answers in ((["a"], ["a", "b"]), (["a", "b"], ["a"]), ([], [])):
-        with pytest.raises(ValueError, match=f"^predictions: got {len(predictions)}, need {len(answers)}, one an answer and at least one$"):
+        with pytest.raises(ValueError, match=f"^predictions: got {len(predictions)}, need {len(answers)}, one for each answer and at least one$"):
             accuracy(predictions, answers)
 
 
@@ -51,11 +54,11 @@ def test_blind_majority_is_the_best_blind_guess(small):
         assert theirs[guess(question)] == max(theirs.values())
 
 
-def test_floors_of_easy_vqa():
+def test_baselines_of_easy_vqa():
     def flat(split):
         rows = load_easy_vqa(split)
         return SimpleNamespace(**{name: [x for row in rows[name] for x in row] for name in ("questions", "answers")})
-    found = floors(flat("train"), flat("test"))
+    found = baselines(flat("train"), flat("test"))
     assert {name: round(100 * score, 2) for name, score in found.items()} == {"always yes": 37.33, "blind majority": 67.00}
 
 
@@ -65,14 +68,31 @@ def test_published_results_say_where_they_stand():
 
 # Answers
 
-def test_decode_answer(small):
-    tokenizer = small.tokenizer
+class Parrot:
+    "Stands in for a model's language model: gives each row the same ids."
+
+    def __init__(self, model, ids):
+        self.model, self.ids, self.language, self.training = model, ids, self, False
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def generate(self, ids, max_new_tokens, stops, mask=None, state=None):
+        return torch.cat([ids, torch.tensor([self.ids] * len(ids))], 1)
+
+
+def test_what_ids_say(small, make_model):
+    "Text up to the end; with `exact` a special token is shown, and a text that did not end says so."
+    tokenizer, model = small.tokenizer, make_model()
     red, yes, stop, pad, unk = (tokenizer.token_to_id(t) for t in ("red", "yes", EOS, PAD, UNK))
-    assert decode_answer(tokenizer, [red, stop, yes]) == "red" and decode_answer(tokenizer, [stop, red]) == ""
-    assert decode_answer(tokenizer, [red, yes, stop]) == "red yes" and decode_answer(tokenizer, [stop]) == ""
-    assert decode_answer(tokenizer, [red, yes, red]) == "red yes red ..."                        # it never ended
+
+    def said(ids, exact=True):
+        return answer(Parrot(model, ids), [(small.data.images[0], small.data.questions[0])], exact=exact)[0]
+    assert said([red, stop, yes]) == "red" and said([stop, red]) == ""
+    assert said([red, yes, stop]) == "red yes" and said([stop]) == ""
+    assert said([red, yes, red]) == "red yes red ..." and said([red, yes, red], exact=False) == "red yes red"
     for ids in ([pad, yes, stop], [unk, yes, stop], [yes, pad, stop]):
-        assert decode_answer(tokenizer, ids) != "yes"         # one wrong token is a wrong answer, also a special one
+        assert said(ids) != "yes" and said(ids, exact=False) == "yes"       # one wrong token is a wrong answer, also a special one
 
 
 def cut(data, counts, seed=None):
@@ -96,9 +116,8 @@ def plain(text):
 @pytest.fixture(scope="module")
 def talker(make_model, small):
     "A model trained for a second: its answers differ, and end."
-    model, config = make_model(), TrainingConfig(steps=60, batch_size=8, lr=2e-2, phases=((0, (1, 1, 1, 1, 1)),))
-    for _ in training_steps(model, build_optimizers(model, config), small.train, config):
-        pass
+    model, stage = make_model(), replace(pick_recipe("tiny")[0], steps=60, batch_size=8, lr=2e-2)
+    train(model, [stage], {stage.name: VQABatches(small.train, 60, 8, phases=((0, (1, 1, 1, 1, 1)),))})
     return model.eval()
 
 
@@ -122,17 +141,36 @@ def test_also_of_a_model_that_has_learnt(talker, small):
     assert len(set(everything)) >= 3 and all(isinstance(a, str) for a in everything) and len(everything) == len(small.data.answers)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 39, 40, 1000])
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
 def test_the_size_of_a_batch_does_not_matter(talker, small, batch_size):
     assert answer_all(talker, small.data, batch_size) == answer_all(talker, small.data)
 
 
-def test_some_pictures(talker, small):
-    data, pictures = small.data, np.array([5, 2])
-    rows, texts = answer_pictures(talker, data, pictures)
-    want = [r for i in pictures for r in data.table[i] if r >= 0]
-    everything = answer_all(talker, data)
-    assert list(rows) == want and texts == [everything[r] for r in want]
+def test_pil_pictures_and_their_bytes_get_the_same_answers(talker, small):
+    images = [image for image, questions in zip(small.rows["image"], small.rows["questions"]) for _ in questions]
+    got = answer(talker, list(zip(images, small.data.questions)), 37, 3, exact=True)
+    assert got == answer_all(talker, small.data) and answer(talker, []) == []
+
+
+def test_a_batch_reads_each_picture_once(small, make_model):
+    model = make_model()
+    seen, read = [], model.read
+    model.read = lambda pixels: seen.append(len(pixels)) or read(pixels)
+    first, second = small.rows["image"][:2]
+    answer(model, [(picture, small.data.questions[0]) for picture in (first, second, first, first)], 4, 1)
+    assert seen == [2]
+
+
+def test_states_are_answered_like_their_pictures(talker, small):
+    states = [talker.read_image(image) for image in small.rows["image"][:2]]
+    pairs = [(picture, small.data.questions[k]) for picture in (0, 1, 0) for k in (0, 3)]
+    got = answer(talker, [(states[i], question) for i, question in pairs], 4, 3)
+    assert got == [talker.ask(small.rows["image"][i], question, 3) for i, question in pairs]
+
+
+def test_answers_name_words_the_model_does_not_know(small, make_model):
+    with pytest.raises(ValueError, match="words this model has never read: zebra"):
+        answer(make_model(), [(small.rows["image"][0], "is there a zebra?")])
 
 
 def test_the_answer_is_not_shown_to_the_model(talker, small):
@@ -216,8 +254,6 @@ def test_figure_of_samples(small, tmp_path):
 def test_a_page_of_samples_is_not_cut_off(tmp_path, words):
     "Titles of one line and of many have room over square pictures and wide ones."
     from PIL import Image
-
-    from vlmamba_lite.evaluation import sample_sheet
     sample_sheet([(np.zeros((8, 8 + 4 * (i % 2), 3), np.uint8), "what " * words, "this", "that " * words) for i in range(5)], tmp_path / "page.png")
     page = np.asarray(Image.open(tmp_path / "page.png").convert("L"))
     assert min(page[0].min(), page[-1].min(), page[:, 0].min(), page[:, -1].min()) == 255
@@ -226,16 +262,15 @@ def test_a_page_of_samples_is_not_cut_off(tmp_path, words):
 def test_talks_are_shown_with_what_was_written_down(make_model, small, tmp_path):
     "One picture a sample; talks with none or several are left out; long texts end in dots."
     from vlmamba_lite.data import Conversation
-    from vlmamba_lite.evaluation import sample_sheet, talk_samples
     picture, question = small.rows["image"][0], small.data.questions[0]
     talks = [Conversation("none", [], [(question, "a")]), Conversation("two", [picture, picture], [(question, "b")]),
              Conversation("long", [picture], [(question, "word " * 40)]), Conversation("one", [picture], [(question, "$c_$ and $")])]
     model = make_model().eval()
-    shown = talk_samples(model, talks, count=2, max_new_tokens=3)
+    shown = conversation_samples(model, talks, count=2, max_new_tokens=3)
     assert shown[0][3].endswith(" ...") and len(shown[0][3]) <= 72 and shown[1][3] == "$c_$ and $"
     assert len(shown) == 2 and shown[1][2] == model.ask(picture, question, 3)[:72] and shown[0][0].shape[2] == 3
     figure = sample_sheet(shown, tmp_path / "page.png")
     assert len(figure.axes) == 2 and (tmp_path / "page.png").stat().st_size > 1000
-    assert len(talk_samples(model, talks, count=1, max_new_tokens=3)) == 1
+    assert len(conversation_samples(model, talks, count=1, max_new_tokens=3)) == 1
     with pytest.raises(ValueError, match="samples: got none"):
         sample_sheet([])

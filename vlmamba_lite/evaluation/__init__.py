@@ -1,10 +1,12 @@
-# For the time of the move only: the package stands before the module evaluation.py, whose names it hands on.
-import importlib.util
-import sys
-from pathlib import Path
+"""Old names of `vlmamba_lite.evaluation`, until everything imports from the modules of this room."""
+from functools import partial
 
-_spec = importlib.util.spec_from_file_location("vlmamba_lite._evaluation", Path(__file__).parent.with_suffix(".py"))
-_module = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = _module
-_spec.loader.exec_module(_module)
-globals().update({name: value for name, value in vars(_module).items() if not name.startswith("__")})
+from vlmamba_lite.evaluation.answers import *
+from vlmamba_lite.evaluation.answers import answer, baselines as floors, conversation_samples as talk_samples
+from vlmamba_lite.evaluation.metrics import *
+
+decode_answer, decode_plain = "exact", "plain"
+
+
+def answers_of(model, max_new_tokens=16, decode=decode_plain):
+    return partial(answer, model, batch_size=2 ** 20, max_new_tokens=max_new_tokens, exact=decode == decode_answer)
