@@ -3,6 +3,7 @@
     python tests/refresh.py --changed            what changed since the last commit and all that depends on it, then the short tests
     python tests/refresh.py nbs/ops/04_ssd.ipynb ...
     python tests/refresh.py                      all notebooks
+    python tests/refresh.py --texts              only the sidebar and README.md, which are made of others
 
 The chapter that trains its model, which takes minutes, runs only where it is named, or with all.
 """
@@ -139,6 +140,12 @@ def write_if_new(path, text):
         print(f"{path.relative_to(ROOT)} written")
 
 
+def write_texts():
+    from readme import readme
+    write_if_new(NBS / "sidebar.yml", sidebar())
+    write_if_new(ROOT / "README.md", readme())
+
+
 def forget():
     "Nothing that was read of the house before the export holds after it."
     for value in vars(house).values():
@@ -150,15 +157,13 @@ def refresh_changed():
     "Export, refresh what depends on a change, test: one command after an edit."
     subprocess.run(["nbdev_export"], cwd=ROOT, check=True)
     forget()
-    write_if_new(NBS / "sidebar.yml", sidebar())
     modules = changed_modules()
     edited = edited_pages()
     pages = pages_to_run(edited, modules)
     for page in filter(trains, pages):
         print(f"nbs/{page}.ipynb trains for minutes: left out, name it to run it")
     refresh_all([house.path_of(page) for page in pages if not trains(page)])
-    from readme import readme
-    write_if_new(ROOT / "README.md", readme())
+    write_texts()
     tests = short_tests(modules | {house.module_of(page) for page in edited} - {None})
     print("pytest", *(path.name for path in tests), flush=True)
     raise SystemExit(subprocess.run([sys.executable, "-m", "pytest", "-q", *map(str, tests)], cwd=ROOT).returncode)
@@ -168,9 +173,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path)
     parser.add_argument("--changed", action="store_true", help="what changed since the last commit, and the short tests")
+    parser.add_argument("--texts", action="store_true", help="only the sidebar and README.md")
     given = parser.parse_args()
     if given.changed:
         refresh_changed()
+    if given.texts:
+        return write_texts()
     refresh_all([path.absolute() for path in given.notebooks] or [house.path_of(page) for page in house.pages()])
 
 

@@ -11,7 +11,7 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the [dev] extra")
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOK = {"memory": "01_scan_reference", "scan_orders": "06_vss", "cost": "18_scaling"}
+NOTEBOOK = {"memory": "ops/01_reference", "scan_orders": "connectors/10_vss", "cost": "evaluation/19_cost"}
 THEMES = {"light": "background: #fff; color: #222", "dark": "background: #181a1f; color: #dde"}
 
 
@@ -180,7 +180,7 @@ def seen_of(order, patch, steps):
 
 
 def test_scan_orders_are_those_of_the_chapter():
-    from vlmamba_lite.vss import SCANS, scan_order
+    from vlmamba_lite.connectors.vss import SCANS, scan_order
     given = values_of("scan_orders")
     one_way, *kinds = given["kinds"]
     assert [kind["name"] for kind in kinds] == ["bsm", "csm"] and one_way["order"] == kinds[0]["order"][:1]
@@ -247,11 +247,12 @@ def test_cost_of_every_kind(load):
 def test_colab_link(browser):
     "What colab.html adds to a page of the site: the address of the same notebook, made from the link to its source."
     page = browser.new_page()
-    url = "github.com/someone/vlmamba_lite/blob/main/nbs/01_scan_reference.ipynb"
+    url = "github.com/someone/vlmamba_lite/blob/main/nbs/ops/01_reference.ipynb"
     page.set_content(f'<ul><li><a href="https://{url}" class="toc-action"><i></i>View source</a></li></ul>' + (ROOT / "nbs" / "colab.html").read_text())
     link = page.get_by_text("Open in Colab")
     assert link.get_attribute("href") == "https://colab.research.google.com/" + url.replace("github.com", "github")
     assert "git clone -q https://github.com/someone/vlmamba_lite" in link.get_attribute("title")
+    assert link.get_attribute("title").endswith("%cd vlmamba_lite/nbs/ops")
     page.close()
 
 
