@@ -33,7 +33,7 @@ def clean_errors(everywhere=False):
             print(f"vlmamba: {text}", file=sys.stderr)
         raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from None
 
-# %% ../../nbs/cli/options.ipynb #0e9aa4f1
+# %% ../../nbs/cli/options.ipynb #27e6cc17
 def registries():
     "The names that help texts list, by the name of the list."
     from vlmamba_lite.data import TEMPLATES
@@ -64,7 +64,7 @@ def argument(kind, text):
 
 
 def option(kind, text, metavar=None, *names, panel=None, **rules):
-    "The annotation of an option of a command: its type, help, what --help calls its value, group in --help."
+    "The annotation of an option of a command: its type, its help, the name of its value, its group in the help."
     return Annotated[kind, typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel, **rules)]
 
 Name, Names, Number = str | None, list[str] | None, int | None

@@ -86,7 +86,7 @@ def make_plan(settings, stages):
         measure = partial(validation_loss, batches=batches, count=-(-sum(map(len, held)) // stages[-1].batch_size))
     return Plan(settings, stages, model, sources, measure, partial(finish_conversations, held=held))
 
-# %% ../../nbs/cli/runs.ipynb #953a2790
+# %% ../../nbs/cli/runs.ipynb #bca4c25a
 def memory_here(device):
     "Bytes of memory of a device; None where the system does not tell."
     if device != "cpu":
@@ -123,7 +123,7 @@ def dry_run(settings, stages, processes=1):
     available, sharded = memory_here(pick_device(settings.device)), settings.parallel == "fsdp"
     config, lengths = config_of(settings, stages)
     table = parameter_table({settings.preset: config})
-    notes = ["parameters, millions", *table.splitlines(), published_sizes(settings)]
+    notes = ["parameters, millions", *table.splitlines(), *filter(None, [published_sizes(settings)])]
     for stage, length in zip(stages, lengths):
         rows = min(stage.micro_batch or stage.batch_size, max(stage.batch_size // processes, 1))
         whose = f"each of {processes} processes" if processes > 1 else "one process"

@@ -64,7 +64,7 @@ class Settings(BaseModel, extra="forbid"):
         return (self.preset in MODEL_PRESETS and self.data is None and self.weights == "random"
                 and self.recipe in (None, self.preset))
 
-# %% ../../nbs/cli/settings.ipynb #3ef00564
+# %% ../../nbs/cli/settings.ipynb #40af0f17
 def unknown(name, known, before="", what="setting"):
     "The ValueError for a name that is not known; it offers the nearest one."
     nearest = get_close_matches(str(name), known, 1, 0.0)[0]
@@ -90,7 +90,7 @@ def checked(form, values, before=""):
     if error["type"] == "extra_forbidden":
         raise unknown(last, list(inner.model_fields), dotted)
     kinds = {"model_type": "settings with names", "dict_type": "settings with names"}
-    need = kinds.get(error["type"], error["msg"].removeprefix("Input should be "))
+    need = kinds.get(error["type"], error["msg"].removeprefix("Input should be ").partition(", unable")[0])
     raise ValueError(f"{(dotted + str(last)).strip('.')}: got {error['input']!r}, need {need}")
 
 # %% ../../nbs/cli/settings.ipynb #36c4120c
@@ -178,7 +178,7 @@ def data_of_stages(data, names):
         raise ValueError(f"data: got none for the stage {missing[0]!r}, need a path for each of {', '.join(names)}")
     return {name: [data[name]] if isinstance(data[name], str) else data[name] for name in names}
 
-# %% ../../nbs/cli/settings.ipynb #bba85102
+# %% ../../nbs/cli/settings.ipynb #efac6e9d
 def resolve(*layers):
     "Layers of settings, the later one wins -> (`Settings` with every field of every stage, the stages). ValueError."
     settings = checked(Settings, reduce(merge, layers, {}))
@@ -198,7 +198,7 @@ def resolve(*layers):
     stages = [stage for stage in stages if stage.name in (settings.stages or names)]
     training = {stage.name: {name: value for name, value in asdict(stage).items() if name not in ("name", "source")}
                 for stage in stages}
-    training = checked(training_form(stages), training).model_dump(exclude_unset=True)      # an epoch is 1.0, as on disk
+    training = checked(training_form(stages), training).model_dump(exclude_unset=True)      # epochs: 1.0, as on disk
     if settings.on_easy_vqa():
         for name in ("tokenizer", "pictures", "validation"):
             if (value := getattr(settings, name)) is not None:
