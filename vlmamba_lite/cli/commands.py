@@ -177,7 +177,7 @@ def option_settings(given):
         settings["weights"] = sources.get("", sources)
     return settings
 
-# %% ../../nbs/cli/commands.ipynb #554ea1f3
+# %% ../../nbs/cli/commands.ipynb #0c8de5f4
 def resume_line(settings, folder):
     "The command line that goes on with a run."
     words = ["vlmamba", "train", "--config", str(folder / "run_config.json"), "--output", str(folder), "--resume"]
@@ -224,13 +224,13 @@ accelerate launch -m vlmamba_lite.cli train --config run.yaml --parallel fsdp
 
 @app.command("train", cls=ListingCommand, rich_help_panel=TRAINING, epilog=TRAIN_HELP)
 def train_command(
-        ctx: typer.Context, preset: Preset = None, vision: Vision = None, connector: Connector = None, scan:
-        Scan = None, language: Language = None, weights: Weights = None, tokenizer: Tokenizer = None, data: Data
-        = None, pictures: Pictures = None, validation: Validation = None, recipe: Recipe = None, stage:
-        StageName = None, steps: Steps = None, precision: Precision = None, seed: RunSeed = None, changes:
-        Changes = None, output: RunOutput = None, device: RunDevice = None, parallel: Parallel = None, workers:
-        Workers = None, tracker: Tracker = None, config: Config = None, dry_run: DryRun = False, processes:
-        ProcessCount = None, resume: Resume = False):
+        ctx: typer.Context, preset: Preset = None, vision: Vision = None, connector: Connector = None,
+        scan: Scan = None, language: Language = None, weights: Weights = None, tokenizer: Tokenizer = None,
+        data: Data = None, pictures: Pictures = None, validation: Validation = None, recipe: Recipe = None,
+        stage: StageName = None, steps: Steps = None, precision: Precision = None, seed: RunSeed = None,
+        changes: Changes = None, output: RunOutput = None, device: RunDevice = None, parallel: Parallel = None,
+        workers: Workers = None, tracker: Tracker = None, config: Config = None, dry_run: DryRun = False,
+        processes: ProcessCount = None, resume: Resume = False):
     """Trains a model: the small one on embedded data, or the papers' on conversations, in their stages.
 
     Everything is left in a folder."""
