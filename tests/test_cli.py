@@ -20,13 +20,13 @@ FILES = {"model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl", 
          "samples.png", "checkpoints"}
 QUESTION = "what color is the shape?"
 HERE = Path(__file__).resolve().parent.parent
-START = "import sys; from vlmamba_lite.cli import app; sys.argv[0] = 'vlmamba'; app()"
+START = "import sys; from vlmamba_lite.cli.commands import app; sys.argv[0] = 'vlmamba'; app()"
 FEW = """
-import vlmamba_lite.data as data
-def few(split, whole=data.load_easy_vqa):
+import vlmamba_lite.cli.runs as runs
+def few(split, whole=runs.load_easy_vqa):
     rows = whole(split)
     return rows.select(range(0, len(rows), 50))
-data.load_easy_vqa = few
+runs.load_easy_vqa = few
 """                                                           # 72, 8 and 20 pictures in place of all of them
 
 
@@ -45,7 +45,7 @@ def finished(child):
 
 def vlmamba(*arguments):
     "The command in this process."
-    from vlmamba_lite.cli import app
+    from vlmamba_lite.cli.commands import app
     out, err, code = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(out), redirect_stderr(err):
         try:
@@ -79,11 +79,11 @@ def somewhere_else(tmp_path, monkeypatch):
 @pytest.fixture
 def few(monkeypatch):
     space = {}
-    import vlmamba_lite.data
-    before = vlmamba_lite.data.load_easy_vqa
+    from vlmamba_lite.cli import runs
+    before = runs.load_easy_vqa
     exec(FEW, space)
     yield
-    vlmamba_lite.data.load_easy_vqa = before
+    runs.load_easy_vqa = before
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,9 @@ def test_what_a_run_leaves(run):
     assert steps_of(run.folder) == {"loss": [2, 3], "validation": [2, 3]}
     assert all({"cpu_seconds", "wall_seconds"} < set(line) for line in lines if "loss" in line)
     began = json.loads((run.folder / "run_config.json").read_text())
-    assert began["preset"] == "tiny" and began["seed"] == 3 and began["training"]["steps"] == 3 and "connector" in began["model"]
+    assert began["preset"] == "tiny" and began["seed"] == 3 and began["easy_vqa"]["questions"] == 5
+    [stage] = began["stages"]
+    assert began["training"][stage]["steps"] == 3 and began["training"][stage]["lr"] == 3e-3
     assert [path.name for path in checkpoints(run.folder)] == ["step-00000002", "step-00000003"]
     verify_checkpoint(checkpoints(run.folder)[-1])
 
@@ -121,8 +123,9 @@ def test_what_a_run_leaves(run):
 def test_what_its_result_says(run):
     from vlmamba_lite.model import VLMamba
     result = json.loads((run.folder / "result.json").read_text())
-    assert set(result) == {"preset", "seed", "steps", "test_accuracy", "accuracy_by_type", "test_questions", "floors", "parameters",
+    assert set(result) == {"preset", "recipe", "stages", "data", "seed", "steps", "loss", "validation", "test_accuracy", "accuracy_by_type", "test_questions", "floors", "parameters",
                            "train_cpu_seconds", "train_wall_seconds", "commit", "command", "hardware", "versions", "date"}
+    assert result["validation"]["all"] >= 0 and result["data"] is None
     assert (result["preset"], result["seed"], result["steps"], result["test_questions"]) == ("tiny", 3, 3, 9673)
     assert set(result["accuracy_by_type"]) == {"all", "what color", "what shape", "yes/no color", "yes/no shape"}
     assert 0 <= result["test_accuracy"] == result["accuracy_by_type"]["all"] <= 1
@@ -137,7 +140,7 @@ def test_what_it_says(run):
     assert run.said.err == "" and "Traceback" not in run.said.out
     said = " ".join(run.said.out.split())
     accuracy = json.loads((run.folder / "result.json").read_text())["test_accuracy"]
-    for words in (rf"this model, all \S {100 * accuracy:.2f}", r"floor: blind majority \S 67\.00", "published: ",
+    for words in (rf"this model, all \S {100 * accuracy:.2f}", r"baseline: blind majority \S 67\.00", "published: ",
                   "step 3, validation: all ", "3/3"):
         assert re.search(words, said), words
     assert "Everything is in runs/tiny-seed3." in said and re.search(r"vlmamba ask \S*runs/tiny-seed3 picture.png", said)
@@ -185,14 +188,13 @@ def test_a_finished_run_is_finished_again(tmp_path, few):
 WAIT = FEW + """
 import signal, sys, time
 from pathlib import Path
-import vlmamba_lite.training as training
-def waiting(data, config, seed, step, make_batch=training.make_batch):
-    if step == 12:                                            # in step 12 it waits for Ctrl-C
+def waiting(bar, report, step=runs.TrainingBar.step):
+    step(bar, report)
+    if report.step == 12:                                     # after step 12 it waits for Ctrl-C
         Path("ready").touch()
         while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             time.sleep(0.01)
-    return make_batch(data, config, seed, step)
-training.make_batch = waiting
+runs.TrainingBar.step = waiting
 """ + START
 
 
@@ -213,7 +215,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_with_the_line_it_prints(tmp_path, pict
     words = shlex.split(line)
     assert words[:2] == ["vlmamba", "train"] and "cpu" in words and str(folder) in words, line
     again = vlmamba(*words[1:])
-    assert again.code == 0 and "13/20" not in again.out and "20/20" in again.out, again
+    assert again.code == 0 and "12/20" not in again.out and "20/20" in again.out, again
     assert {p.name for p in folder.iterdir()} == FILES
     assert steps_of(folder) == {"loss": [10, 20], "validation": [10, 20]}
     assert json.loads((folder / "result.json").read_text())["steps"] == 20
@@ -249,8 +251,8 @@ def test_a_command_that_is_none(arguments, tmp_path, few):
 
 
 def test_run_training_for_notebooks(few, capsys):
-    from vlmamba_lite.cli import run_training
-    folder, result = run_training("tiny", seed=5, steps=1, quiet=True)
+    from vlmamba_lite.cli.runs import run_training
+    folder, result = run_training({"preset": "tiny", "seed": 5}, {"training": {"steps": 1}}, quiet=True)
     assert folder == Path("runs/tiny-seed5") and {p.name for p in folder.iterdir()} == FILES
     assert result["test_accuracy"] == json.loads((folder / "result.json").read_text())["test_accuracy"] and "commit" not in result
     said = capsys.readouterr()
@@ -260,30 +262,34 @@ def test_run_training_for_notebooks(few, capsys):
 def test_the_seed_draws_the_first_weights(few):
     import torch
 
-    from vlmamba_lite.cli import prepare
+    from vlmamba_lite.cli.runs import prepare
     torch.manual_seed(123)
-    model, config, data = prepare("tiny", 0, steps=7)
+    model, data = prepare("tiny", 0)
     again, other = prepare("tiny", 0)[0].state_dict(), prepare("tiny", 1)[0].state_dict()
     assert all(torch.equal(t, again[name]) for name, t in model.state_dict().items())
     assert not torch.equal(model.vision.position, other["vision.position"])
-    assert config.steps == 7 and prepare("tiny", 0)[1].steps == 60 and set(data) == {"train", "validation", "test"}
+    assert set(data) == {"train", "validation", "test"}
+    with pytest.raises(ValueError, match="preset: got 'nope'"):
+        prepare("nope", 0)
+
 
 
 # train: settings
 
 def settings_of(*layers):
-    from vlmamba_lite.cli import resolve
-    return resolve(*layers)[0]
+    from vlmamba_lite.cli.settings import resolve
+    return resolve(*layers)[0].model_dump()
 
 
 def test_the_later_setting_wins(tmp_path):
-    from vlmamba_lite.cli import option_settings, parse_change
+    from vlmamba_lite.cli.commands import option_settings
+    from vlmamba_lite.cli.settings import parse_change
     file = dict(preset="vl-mamba-2.8b", seed=3, training=dict(lr=1e-4, align=dict(lr=2e-4, clip=0.5)), model=dict(connector="vss_mlp", scan="csm"))
     first = settings_of(file)
     assert first["seed"] == 3 and [first["training"][s]["lr"] for s in ("align", "instruct")] == [2e-4, 1e-4]
     given = option_settings(dict(seed=4, steps=7, connector="vss_l2", scan=None, data=[], config=None))
     then = settings_of(file, given)
-    assert then["seed"] == 4 and then["model"] == {"connector": "vss_l2", "scan": "csm"} and then["preset"] == "vl-mamba-2.8b"
+    assert then["seed"] == 4 and (then["model"]["connector"], then["model"]["scan"]) == ("vss_l2", "csm") and then["preset"] == "vl-mamba-2.8b"
     assert all(then["training"][s]["steps"] == 7 and then["training"][s]["epochs"] is None for s in ("align", "instruct"))
     last = settings_of(file, given, parse_change("training.lr=5e-5"), parse_change("training.align.epochs=2"), parse_change("seed=5"))
     assert last["seed"] == 5 and [last["training"][s]["lr"] for s in ("align", "instruct")] == [5e-5, 5e-5]        # over a stage's own in the file
@@ -297,15 +303,26 @@ def test_settings_bring_their_recipe():
     assert settings_of({"preset": "vl-mamba-2.8b", "stages": ["instruct"]})["stages"] == ["instruct"]
     assert settings_of({"preset": "vl-mamba-2.8b", "recipe": "cobra"})["stages"] == ["instruct"]
     lite = settings_of({"training": {"steps": 5}})
-    assert lite["recipe"] == "lite" and lite["training"]["steps"] == 5 and lite["training"]["batch_size"] == 32
+    [stage] = lite["stages"]
+    assert lite["recipe"] == "lite" and lite["training"][stage]["steps"] == 5 and lite["training"][stage]["batch_size"] == 32
 
 
 def test_resolved_settings_are_settings():
-    from vlmamba_lite.cli import as_yaml, parse_yaml
+    import yaml
+
+    from vlmamba_lite.cli.settings import as_yaml, resolve
     for layer in ({}, {"preset": "ml-mamba-2.7b", "data": "a.json", "training": {"instruct": {"ema": 0.99}}}, {"preset": "tiny", "data": ["a", "b"]}):
-        settings = settings_of(layer)
-        again = settings_of(parse_yaml(as_yaml(settings)))
-        assert as_yaml(again) == as_yaml(settings) and settings_of(json.loads(json.dumps(settings)))["training"] == again["training"]
+        settings, stages = resolve(layer)
+        again, same = resolve(yaml.safe_load(as_yaml(settings)))
+        assert as_yaml(again) == as_yaml(settings) and same == stages
+        assert resolve(json.loads(settings.model_dump_json()))[1] == stages
+
+
+def test_numbers_as_people_write_them():
+    from vlmamba_lite.cli.settings import parse_change, resolve
+    change = parse_change("training.lr=1e-4")                 # YAML takes 1e-4 for a text
+    assert resolve(change)[1][0].lr == 1e-4 and resolve({"training": {"betas": [0.9, "9.5e-1"]}})[1][0].betas[0] == 0.9
+    assert settings_of({"easy_vqa": {"questions": 3}})["easy_vqa"]["questions"] == 3
 
 
 @pytest.mark.parametrize("arguments, match", [
@@ -321,17 +338,20 @@ def test_resolved_settings_are_settings():
     ("--preset vl-mamba-2.8b", "data: got none for the preset 'vl-mamba-2.8b', need .* --data align=PATH --data instruct=PATH"),
     ("--preset vl-mamba-2.8b --data no.json", "data: no file or folder no.json"),
     ("--preset vl-mamba-2.8b --recipe llava", "recipe: got 'llava', need one of .*llava-1.5"),
-    ("--set training.lr", "set: got 'training.lr', need NAME=VALUE"), ("--set training.lr={", "set: got .*no YAML"), ("--set =1", "set: got '=1'"),
-    ("--set training=5", "training: got 5, need settings with names"), ("--set training.lr=fast", "training.lr: got .fast., need float"),
-    ("--preset vl-mamba-2.8b --set training.align.steps=1.5", "training.align.steps: got 1.5, need int"), ("--set training.steps=0", "steps: got 0"),
+    ("--set training.lr", "set: got 'training.lr', need NAME=VALUE"), ("--set training.lr={", "set: got .*not YAML"), ("--set =1", "set: got '=1'"),
+    ("--set training=5", "training: got 5, need settings with names"), ("--set training.lr=fast", "training.lr: got 'fast', need a valid number"),
+    ("--preset vl-mamba-2.8b --set training.align.steps=1.5", "training.align.steps: got 1.5, need a valid integer"), ("--set training.steps=0", "steps: got 0"),
     ("--preset vl-mamba-2.8b --set training.align=5", "training.align: got 5, need settings with names"),
     ("--preset vl-mamba-2.8b --precision fp8", "precision: got 'fp8', need one of fp32, bf16"),
     ("--weights published", "weights: got 'published' for the preset 'lite'"), ("--weights vision=a", "weights: got "),
     ("--weights a --weights b", "weights: got a, b, need one word, or one folder for each part"),
     ("--weights magic", "weights: got 'magic', need 'random'"), ("--connector glue", "connector: got 'glue'"), ("--scan spiral2", "scan: got 'spiral2'"),
-    ("--connector mlp --scan csm", "scan: got one for the connector 'mlp'"), ("--stage train", "stages: got .* easy-VQA, which brings its own; need data"),
+    ("--connector mlp --scan csm", "scan: got one for the connector 'mlp'"), ("--tokenizer x", "tokenizer: got 'x' for the run on easy-VQA, which has its own; need data"),
+    ("--set easy_vqa.questions=0", "easy_vqa.questions: got 0, need greater than 0"), ("--set data.lite=3", "data.* got "),
+    ("--set model.connector_args=3", "model.connector_args: got 3, need settings with names"), ("--parallel none", "parallel: got 'none', need 'auto', 'ddp' or 'fsdp'"),
+    ("--set seed=x", "seed: got 'x', need a valid integer"),
     ("--config none.yaml", "config: no file none.yaml"), ("--config list.yaml", "config: got list in list.yaml"),
-    ("--config broken.yaml", "config: broken.yaml is no YAML or JSON"), ("--config odd.yaml", "'sed', the nearest known one is 'seed'$")])
+    ("--config broken.yaml", "config: broken.yaml is not YAML or JSON"), ("--config odd.yaml", "'sed', the nearest known one is 'seed'$")])
 def test_mistakes_in_settings(arguments, match, tmp_path, few):
     Path("list.yaml").write_text("[1, 2]")
     Path("broken.yaml").write_text("{a: ")
@@ -341,7 +361,7 @@ def test_mistakes_in_settings(arguments, match, tmp_path, few):
 
 
 def test_a_dry_run_is_a_config(tmp_path):
-    from vlmamba_lite.cli import read_settings
+    from vlmamba_lite.cli.settings import read_settings
     arguments = ["--preset", "tiny", "--recipe", "llava-1.5", "--data", "no.json", "--steps", 3, "--set", "training.max_length=64", "--processes", 2]
     said = vlmamba("train", *arguments, "--dry-run")
     assert said.code == 0 and said.err == "" and not list(tmp_path.iterdir()), said
@@ -377,7 +397,7 @@ def test_other_parts_and_numbers_for_the_small_model(few):
     said = vlmamba("train", "--preset", "tiny", "--connector", "mlp", "--set", "training.lr=1e-3", "--steps", 2, "--output", "here")
     assert said.code == 0, said
     began = json.loads(Path("here/run_config.json").read_text())
-    assert began["model"]["connector"] == "mlp" and began["training"]["lr"] == 1e-3
+    assert began["model"]["connector"] == "mlp" and [stage["lr"] for stage in began["training"].values()] == [1e-3]
     again = vlmamba("train", "--config", "here/run_config.json", "--output", "here", "--resume")
     assert again.code == 0 and "Everything is in here" in again.out, again
     is_a_mistake(vlmamba("train", "--config", "here/run_config.json", "--output", "here", "--resume", "--connector", "vss_mlp"), "model.connector: got vss_mlp, need mlp")
@@ -442,30 +462,30 @@ def test_one_stage_after_the_other_is_both(two_stages, talks, tmp_path):
 
 
 def test_only_the_first_process_speaks(talks, monkeypatch, two_stages):
-    from vlmamba_lite import cli
+    from vlmamba_lite.cli import commands, runs
     monkeypatch.setenv("RANK", "1")
     said = vlmamba("train", "--preset", "huge")
     assert (said.code, said.out, said.err) == (2, "", "")
     assert (vlmamba("train", "--preset", "tiny", "--data", "x", "--dry-run").out) == ""
-    monkeypatch.setattr(cli, "train_plan", lambda *_, **__: (True, {"cpu": 1, "wall": 1}))
+    monkeypatch.setattr(runs, "train_plan", lambda *_, **__: (True, {"cpu": 1, "wall": 1}))
     left = []
-    monkeypatch.setattr(cli.os, "_exit", left.append)                      # it would take the tests along
+    monkeypatch.setattr(commands.os, "_exit", left.append)                      # it would take the tests along
     arguments = ["--config", two_stages.folder / "run_config.json", "--output", "elsewhere"]
     assert vlmamba("train", *arguments) == SimpleNamespace(code=0, out="", err="") and left == [0]
     def broken(*_, **__):
         raise ValueError("sample 7: torn")
-    monkeypatch.setattr(cli, "train_plan", broken)
+    monkeypatch.setattr(runs, "train_plan", broken)
     is_a_mistake(vlmamba("train", *arguments), "sample 7: torn")           # data that it alone has read
     def exploded(*_, **__):
         raise FloatingPointError("step 3: loss: got nan, need a finite number")
-    monkeypatch.setattr(cli, "train_plan", exploded)
+    monkeypatch.setattr(runs, "train_plan", exploded)
     said = vlmamba("train", *arguments)
     assert said.code == 1 and said.err == "vlmamba: step 3: loss: got nan, need a finite number\n"
 
 
 def test_what_to_type_after_ctrl_c(two_stages, monkeypatch):
-    from vlmamba_lite import cli
-    monkeypatch.setattr(cli, "train_plan", lambda *_, **__: (False, {"cpu": 1, "wall": 1}))
+    from vlmamba_lite.cli import runs
+    monkeypatch.setattr(runs, "train_plan", lambda *_, **__: (False, {"cpu": 1, "wall": 1}))
     arguments = ["train", "--config", two_stages.folder / "run_config.json", "--output", "my [run]", "--device", "cpu", "--tracker", "tensorboard"]
     said = vlmamba(*arguments)
     line = next(line for line in said.out.splitlines() if "--resume" in line)
@@ -539,7 +559,7 @@ def test_a_mistake_in_a_terminal(run, tmp_path):
 
 MODULES = """
 import json, sys
-from vlmamba_lite.cli import app
+from vlmamba_lite.cli.commands import app
 app(sys.argv[1:], standalone_mode=False)
 print(json.dumps(sorted(m for m in sys.modules if "." not in m)))
 """
@@ -565,6 +585,18 @@ def test_help_and_version_do_not_wait_for_torch():
         assert said.code == 0 and all(word.lower() in said.out.lower() for word in words), said.out
 
 
+def test_help_lists_the_registries(monkeypatch):
+    "A connector, preset, recipe or benchmark that is new stands in the help by itself."
+    from vlmamba_lite.cli.options import registries
+    monkeypatch.setenv("COLUMNS", "200")
+    lists = registries()
+    for arguments, names in ((["train"], ["presets", "encoders", "connectors", "scans", "languages", "recipes", "trackers"]),
+                             (["eval"], ["benchmarks"]), (["chat"], ["templates"]), (["data", "check"], ["templates"])):
+        said = re.sub(r"[\s\u2502]+", " ", vlmamba(*arguments, "--help").out)
+        assert all(entry in said for name in names for entry in lists[name].split(", "))
+        assert not re.search(rf"{{({'|'.join(lists)})}}", said)
+
+
 def commands(command, *names):
     "(words to type, command) of every command of the program."
     yield names, command
@@ -575,7 +607,7 @@ def commands(command, *names):
 def test_every_option_has_its_help_and_nothing_is_cut_off(monkeypatch):
     import typer
 
-    from vlmamba_lite.cli import app
+    from vlmamba_lite.cli.commands import app
     monkeypatch.setenv("COLUMNS", "80")
     for names, command in commands(typer.main.get_command(app)):
         assert all(getattr(parameter, "help", None) for parameter in command.params if parameter.name != "help"), names
@@ -588,8 +620,8 @@ def test_every_option_has_its_help_and_nothing_is_cut_off(monkeypatch):
 def test_bench_prefix_writes_a_result(tmp_path, small, make_model, monkeypatch):
     import torch
 
-    import vlmamba_lite.cli as cli
-    monkeypatch.setattr(cli, "prepare", lambda *_, **__: (make_model(), None, {"train": small.train}))
+    from vlmamba_lite.cli import runs
+    monkeypatch.setattr(runs, "prepare", lambda *_, **__: (make_model(), {"train": small.train}))
     threads = torch.get_num_threads()
     try:
         said = vlmamba("bench", "prefix", "--output", "sub/cost.json", "--repeats", 1, "--seed", 2)
@@ -744,7 +776,7 @@ def test_mistakes_in_a_conversation_do_not_end_it(run, speaker, picture, types, 
     said = types(["/save early.state", "/picture no.png", "/picture", "/save", "/sing", "/help", "what colour?", QUESTION], run.folder, picture, "--tokens", 8)
     lines = said.err.splitlines()
     assert said.code == 0 and len(lines) == 6 and all(line.startswith("vlmamba: ") for line in lines), said
-    for line, match in zip(lines, ("/save: got a conversation without a word", "image: no file no.png", "/picture: got no file", "/save: got no file",
+    for line, match in zip(lines, ("/save: got a conversation without a turn", "image: no file no.png", "/picture: got no file", "/save: got no file",
                                    "chat: got /sing, need /picture, /new, /save, /help, /quit", "never read: colour")):
         assert match in line
     assert "/picture PATH" in said.out and not Path("early.state").exists()
@@ -785,10 +817,10 @@ def interrupted(speaker, monkeypatch, when):
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_conversation(speaker, monkeypatch, capsys):
-    from vlmamba_lite.cli import answer_aloud
+    from vlmamba_lite.cli.chat import print_answer
     with monkeypatch.context() as patch:
         chat = interrupted(speaker, patch, 3)
-        assert not answer_aloud(chat, "one", max_new_tokens=9)
+        assert not print_answer(chat, "one", max_new_tokens=9)
     assert capsys.readouterr().out.endswith(" [stopped]\n") and len(chat.turns) == 1
     plain = speaker.model.chat()
     plain.say("one", 3)
@@ -797,16 +829,16 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(speaker, monkeypatch, c
 
 @pytest.mark.parametrize("when", ["reading", "has read"])
 def test_ctrl_c_before_an_answer_takes_the_turn_back(speaker, monkeypatch, capsys, when):
-    from vlmamba_lite.cli import answer_aloud
+    from vlmamba_lite.cli.chat import print_answer
     with monkeypatch.context() as patch:
         chat = interrupted(speaker, patch, when)
-        assert not answer_aloud(chat, "something entirely different, long and winding", max_new_tokens=9)
+        assert not print_answer(chat, "something entirely different, long and winding", max_new_tokens=9)
     assert chat.turns == [] and chat.say("two", 8) == speaker.model.chat().say("two", 8)
 
 
 def test_ctrl_c_where_a_question_is_typed(monkeypatch, capsys):
-    from vlmamba_lite import cli
+    from vlmamba_lite.cli import chat
     def typed(prompt):
         raise KeyboardInterrupt
     monkeypatch.setattr("builtins.input", typed)
-    assert cli.next_line() == "" and "/quit or Ctrl-D leaves" in capsys.readouterr().out
+    assert chat.next_line() == "" and "/quit or Ctrl-D leaves" in capsys.readouterr().out

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from test_cli import is_a_mistake, vlmamba
 
-from vlmamba_lite.cli import Sight, Talk, Visit, demo_page, launch_demo, paint_sight
+from vlmamba_lite.cli.chat import Session
+from vlmamba_lite.cli.demo import AttentionMap, demo_page, launch_demo, paint_map
 from vlmamba_lite.connector import connector_sight
 from vlmamba_lite.model import picture_tokens
 
@@ -23,45 +24,33 @@ def picture(small):
 
 
 @pytest.fixture
-def talk(make_model):
-    return Talk(make_model().eval(), max_new_tokens=5)
+def model(make_model):
+    return make_model().eval()
 
 
-def test_the_map_is_the_one_of_chapter_07(talk, picture):
-    sight = Sight(talk.model, picture)
-    maps = connector_sight(talk.model.connector, *picture_tokens(talk.model, picture), (2, 5))
-    assert sight.size == (8, 8) and sight.heard.shape == (64, 64)
-    torch.testing.assert_close(sight.heard.sum(0).view(8, 8), maps["attention, all"])
-    torch.testing.assert_close(sight.heard[2 * 8 + 5].view(8, 8), maps["attention"])
+def test_the_map_is_that_of_the_connector(model, picture):
+    sight = AttentionMap(model, picture)
+    maps = connector_sight(model.connector, *picture_tokens(model, picture), (2, 5))
+    assert sight.size == (8, 8) and sight.attention.shape == (64, 64)
+    torch.testing.assert_close(sight.attention.sum(0).view(8, 8), maps["attention, all"])
+    torch.testing.assert_close(sight.attention[2 * 8 + 5].view(8, 8), maps["attention"])
     assert sight.paint().size == sight.paint((2, 5)).size == (448, 448)
-    assert sight.paint((2, 5)).tobytes() == paint_sight(sight.picture, maps["attention"], (2, 5)).tobytes() != sight.paint((5, 2)).tobytes()
+    assert sight.paint((2, 5)).tobytes() == paint_map(sight.picture, maps["attention"], (2, 5)).tobytes() != sight.paint((5, 2)).tobytes()
 
 
-def test_a_click_finds_its_patch(talk, picture):
-    sight = Sight(talk.model, picture)                       # 56 pixels a patch
+def test_a_click_finds_its_patch(model, picture):
+    sight = AttentionMap(model, picture)                       # 56 pixels a patch
     assert [sight.patch(*xy) for xy in ((0, 0), (55, 56), (300, 100), (447, 447), (448, -3))] == [(0, 0), (1, 0), (1, 5), (7, 7), (0, 7)]
 
 
-def test_bright_is_what_is_heard():
+def test_bright_is_what_is_taken_in():
     values = torch.zeros(2, 4)
     values[1, 3] = 7.0
-    painted = paint_sight(-torch.ones(3, 8, 16), values, (0, 1), side=80)         # a black picture, wide: a patch is 40 pixels
+    painted = paint_map(-torch.ones(3, 8, 16), values, (0, 1), side=80)         # a black picture, wide: a patch is 40 pixels
     assert painted.size == (160, 80) and painted.mode == "RGB"
     assert sum(painted.getpixel((140, 60))) > 400 > 30 > sum(painted.getpixel((20, 20)))
     assert painted.getpixel((40, 0)) == painted.getpixel((80, 40)) == (0, 191, 255) != painted.getpixel((60, 20))         # the frame
-    assert paint_sight(torch.ones(3, 4, 4), torch.zeros(2, 2)).getpixel((9, 9))[0] < 255                  # no division by zero
-
-
-def test_a_visit(talk, picture):
-    visit = Visit(talk, picture)
-    pieces = list(visit.reply(QUESTION))
-    assert all(b.startswith(a) for a, b in zip(pieces, pieces[1:])) and pieces[-1] == talk.chat.turns[-1][1]
-    assert list(visit.reply("what colour?"))[0].startswith("vlmamba: question: got words this model has never read: colour;")
-    assert Visit(talk).sight is None
-
-
-def test_a_connector_that_does_not_scan_has_no_map(make_model, picture):
-    assert Visit(Talk(make_model("mlp").eval(), max_new_tokens=3), picture).sight is None
+    assert paint_map(torch.ones(3, 4, 4), torch.zeros(2, 2)).getpixel((9, 9))[0] < 255                  # no division by zero
 
 
 def test_the_demo_without_gradio(monkeypatch):
@@ -99,7 +88,7 @@ def browser():
 def page(browser, make_model):
     "The page of the demo in a browser, and all that it asked for in `.asked`."
     model = make_model().eval()
-    blocks = demo_page(lambda: Talk(model, max_new_tokens=5), "a <tiny> model")
+    blocks = demo_page(lambda: Session(model, max_new_tokens=5), "a <tiny> model")
     address = launch_demo(blocks, "127.0.0.1", None, False)
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     page.asked, page.faults, page.address, page.model = [], [], address, model
@@ -114,26 +103,33 @@ def page(browser, make_model):
 def test_the_demo_in_a_browser(page, picture, tmp_path):
     from playwright.sync_api import expect
     picture.save(tmp_path / "picture.png")
-    want = Visit(Talk(page.model, max_new_tokens=5), picture)
+    want, answers = AttentionMap(page.model, picture), page.model.chat(picture)
     page.set_input_files("input[type=file]", tmp_path / "picture.png")
-    sight = page.locator("#sight img")
+    sight = page.locator("#attention img")
     sight.wait_for(timeout=30_000)
-    assert fetched(page, sight, tmp_path).tobytes() == want.sight.paint().tobytes()
+    assert fetched(page, sight, tmp_path).tobytes() == want.paint().tobytes()
     question = page.get_by_label("question")
     question.fill(QUESTION)
     question.press("Enter")
-    *_, answer = want.reply(QUESTION)
+    answer = answers.say(QUESTION, 5)
     expect(page.locator(".bot .message-content, .bot.message").last).to_contain_text(answer, timeout=30_000)
     before, box = sight.get_attribute("src"), sight.bounding_box()
     sight.click(position={"x": box["width"] * 5.5 / 8, "y": box["height"] * 2.5 / 8})
     expect(sight).not_to_have_attribute("src", before, timeout=30_000)
-    assert fetched(page, sight, tmp_path).tobytes() == want.sight.paint((2, 5)).tobytes()
+    assert fetched(page, sight, tmp_path).tobytes() == want.paint((2, 5)).tobytes()
     question.fill("is <b>it</b> blue?")
     question.press("Enter")
     expect(page.locator(".user").last).to_contain_text("is <b>it</b> blue?", timeout=30_000)
     expect(page.get_by_text("has never read: <, b, >, it")).to_be_visible(timeout=30_000)
     here = page.address.split("/")[2]
     assert {url.split("/")[2] for url in page.asked if url.startswith(("http", "ws"))} == {here} and not page.faults
+
+
+@needs_gradio
+def test_a_connector_that_does_not_scan_has_no_map(make_model):
+    page = demo_page(lambda: Session(make_model("mlp").eval(), max_new_tokens=3), "mlp")
+    hidden = [block for block in page.blocks.values() if getattr(block, "visible", True) is False]
+    assert {getattr(block, "elem_id", None) for block in hidden} >= {"attention"}
 
 
 def fetched(page, image, folder):

@@ -252,6 +252,7 @@ def test_colab_link(browser):
     link = page.get_by_text("Open in Colab")
     assert link.get_attribute("href") == "https://colab.research.google.com/" + url.replace("github.com", "github")
     assert "git clone -q https://github.com/someone/vlmamba_lite" in link.get_attribute("title")
+    assert link.get_attribute("title").endswith("%cd vlmamba_lite/nbs/ops")
     page.close()
 
 

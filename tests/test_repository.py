@@ -1,20 +1,18 @@
 """The house: what a clone holds, and what the notebooks may not hold."""
+import ast
 import json
 import re
 import subprocess
 import sys
 from configparser import ConfigParser
-from functools import cache
-from pathlib import Path
 
-import nbformat
+import house
 import pytest
 import yaml
+from house import LIBRARY, ROOT, chapters, number, pages, path_of, read
 
-ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-CHAPTERS = [p for p in NOTEBOOKS if p.name[0].isdigit()]
-TOP = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "settings.ini", "setup.py", "pytest.ini", "MANIFEST.in", ".gitignore", ".ci", ".github", "nbs", "vlmamba_lite", "data", "tests"}
+TOP = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "settings.ini", "setup.py", "pytest.ini", "ruff.toml",
+       "MANIFEST.in", ".gitignore", ".ci", ".github", "nbs", "vlmamba_lite", "data", "tests"}
 MACHINE_PATH = re.compile(r"(?<![\w./:])/(?:root|home|Users|work|tmp|opt|usr|mnt|var)/\w+")
 
 
@@ -31,17 +29,6 @@ def tracked():
     return run.stdout.splitlines()
 
 
-@cache
-def read(path):
-    "A notebook, read once for all tests, which do not change it."
-    return nbformat.read(path, as_version=4)
-
-
-def module_of(notebook):
-    found = [re.search(r"^#\|\s*default_exp (\S+)", c.source, re.M) for c in read(notebook).cells]
-    return next((m[1] for m in found if m), None)
-
-
 def test_top_level():
     assert {name.split("/")[0] for name in tracked()} <= TOP
 
@@ -50,51 +37,67 @@ def test_no_file_is_huge():
     assert not [name for name in tracked() if (ROOT / name).is_file() and (ROOT / name).stat().st_size > 3_000_000]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_stored_outputs(path):
+@pytest.mark.parametrize("page", pages())
+def test_stored_outputs(page):
     "No error, no path of the machine it ran on, no address of an object; every chapter's code has been run."
-    for i, cell in enumerate(read(path).cells):
+    for i, cell in enumerate(read(page).cells):
         outputs = cell.get("outputs", [])
         assert not [o for o in outputs if o.output_type == "error"], f"cell {i} holds an error"
         assert not [o for o in outputs if o.get("name") == "stderr"], f"cell {i} holds a warning"
-        text = json.dumps([cell.source, [o for o in outputs]])
+        text = json.dumps([cell.source, list(outputs)])
         assert not MACHINE_PATH.search(text), f"cell {i}: {MACHINE_PATH.search(text)[0]}"
         assert " at 0x" not in text, f"cell {i} shows an address"
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
-def test_chapter_form(path):
+@pytest.mark.parametrize("page", chapters())
+def test_chapter_form(page):
     "A title, a line that says what one will be able to do, a figure."
-    cells = read(path).cells
+    cells = read(page).cells
     assert cells[0].cell_type == "markdown" and re.match(r"# .+\n\n> .+", cells[0].source)
-    pictures = [o for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
-    assert pictures
+    assert [o for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
-def test_chapter_imports_only_earlier_chapters(path):
-    number = {module_of(p): int(p.name[:2]) for p in CHAPTERS}
-    for cell in read(path).cells:
-        if cell.cell_type == "code":
-            for name in re.findall(r"^\s*from vlmamba_lite\.(\w+) import", cell.source, re.M):
-                assert number[name] < int(path.name[:2]), f"imports {name}"
+def test_chapters_are_numbered_without_gaps():
+    assert list(map(number, chapters())) == list(range(22))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_links_between_chapters(path):
-    for cell in read(path).cells:
+@pytest.mark.parametrize("rule", [house.uphill, house.circles, house.reading_order], ids=lambda rule: rule.__name__)
+def test_imports_run_downhill(rule):
+    "Between rooms, between modules, between chapters; wherever an import stands, and also where a string names the module."
+    assert not list(rule())
+
+
+@pytest.mark.parametrize("code, package, found", [
+    ("import vlmamba_lite.cli", "", {"cli"}), ("def f():\n    from vlmamba_lite.cli import app", "", {"cli"}), ("import torch.cli, typer", "", set()),
+    ("from .cli import app", "vlmamba_lite", {"cli"}), ("from ..cli import app", "vlmamba_lite.ops", {"cli"}), ("from . import cli", "vlmamba_lite", {"cli"}),
+    ("from .. import cli", "vlmamba_lite.ops", {"cli"}), ("import_module('vlmamba_lite.cli')", "", {"cli"}), ("importlib.import_module('.cli', p)", "vlmamba_lite", {"cli"}),
+    ("__import__('vlmamba_lite.' + 'cli')", "", {house.COMPUTED}), ("import_module(f'vlmamba_lite.{x}')", "", {house.COMPUTED}),
+    ("import_module(f'{x}')", "", set()), ("from vlmamba_lite import __version__", "", {""})])
+def test_imports_are_found(code, package, found):
+    assert {name.partition(".")[0] for name in house.imports(ast.parse(code), package)} == found
+
+
+@pytest.mark.parametrize("page", pages())
+def test_links_between_chapters(page):
+    for cell in read(page).cells:
         if cell.cell_type == "markdown":
             for target in re.findall(r"\]\(([^)#\s]+\.ipynb)", cell.source):
-                assert (path.parent / target).is_file(), f"links to {target}"
-
-
-def exported_modules():
-    return [ROOT / "vlmamba_lite" / f"{module_of(p)}.py" for p in CHAPTERS if module_of(p)]
+                assert not target.startswith(("/", "http")) and (path_of(page).parent / target).is_file(), f"links to {target}"
 
 
 def test_every_module_has_its_notebook():
-    written = set((ROOT / "vlmamba_lite").glob("*.py"))
-    assert {p.name for p in written} - {p.name for p in exported_modules()} == {"__init__.py", "_modidx.py"}
+    "At the same place and, but for the number, with the same name."
+    for module in house.modules():
+        page = house.page_of(module)
+        assert page, f"{module} has no notebook"
+        assert house.html_of(page) == module.replace(".", "/") + ".html", f"{page} exports {module}"
+
+
+def test_packages_hold_no_code():
+    "But the library's own, which loads public names, and what `python -m vlmamba_lite.cli` runs."
+    for name, path in house.files().items():
+        if name and path.name == "__init__.py":
+            assert not [node for node in house.tree_of(name).body if not isinstance(node, ast.Expr)], path
 
 
 def test_citation():
@@ -117,7 +120,7 @@ def test_workflows():
 
 def test_contributing_names_what_exists():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for path in re.findall(r"python (tests/\w+\.py)|`(nbs/\w+(?:\.ipynb)?)`|\]\((nbs/[^)]+)\)", text):
+    for path in re.findall(r"python (tests/\w+\.py)|(nbs/[\w/]+\.ipynb)|\]\(((?:nbs|data)/[^)]+)\)", text):
         assert "NN_" in path[1] or (ROOT / "".join(path)).exists(), path
 
 
@@ -129,12 +132,11 @@ def test_versions_agree():
 def test_nothing_needs_a_newer_python(tmp_path):
     "Library, tests and the code of the notebooks run on the oldest Python that settings.ini names, as far as syntax and standard library go."
     pytest.importorskip("vermin", reason="needs the [dev] extra")
-    for path in NOTEBOOKS:
-        code = [c.source for c in read(path).cells if c.cell_type == "code"]
-        (tmp_path / f"{path.stem}.py").write_text("\n\n".join(code), encoding="utf-8")
-    places = [ROOT / "vlmamba_lite", ROOT / "tests", ROOT / "data", ROOT / "setup.py", tmp_path]
-    run = subprocess.run([sys.executable, "-c", "import vermin; vermin.main()", f"--target={settings()['min_python']}-", "--violations", "--eval-annotations", "--no-tips",
-                          *map(str, places)], capture_output=True, text=True)
+    for page in pages():
+        (tmp_path / f"{page.replace('/', '.')}.py").write_text(house.page_code(page), encoding="utf-8")
+    places = [LIBRARY, ROOT / "tests", ROOT / "data", ROOT / "setup.py", tmp_path]
+    run = subprocess.run([sys.executable, "-c", "import vermin; vermin.main()", f"--target={settings()['min_python']}-", "--violations",
+                          "--eval-annotations", "--no-tips", *map(str, places)], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
@@ -162,7 +164,10 @@ def test_result_files_say_where_they_come_from():
         assert not MACHINE_PATH.search(path.read_text(encoding="utf-8")), path.name
 
 
-def test_author_and_addresses():
-    config = settings()
-    assert config["author"] == "vlmamba_lite contributors"
-    assert config["requirements"].split()[0] == "torch>=2.6,<2.14"
+def test_author():
+    assert settings()["author"] == "vlmamba_lite contributors"
+
+
+def test_the_command_is_declared():
+    assert settings()["console_scripts"] == "vlmamba=vlmamba_lite.cli.commands:app"
+    assert (LIBRARY / "cli" / "__main__.py").is_file()

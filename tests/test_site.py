@@ -1,5 +1,4 @@
 """The site without Quarto: the pages as nbdev's processors leave them, in a copy; links, anchors, documentation, alt text, headings."""
-import ast
 import difflib
 import json
 import os
@@ -7,33 +6,32 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from functools import cache
-from pathlib import Path
+from posixpath import dirname, join, normpath
 
-import docstrings
+import house
 import nbformat
 import pytest
 import yaml
+from house import NBS, ROOT, chapters, html_of, module_of, page_of, pages, read
 
 pytest.importorskip("nbdev", reason="needs the [dev] extra")
 pypandoc = pytest.importorskip("pypandoc", reason="needs the [dev] extra")
-ROOT = Path(__file__).resolve().parent.parent
-NBS = ROOT / "nbs"
-PAGES = sorted(p.stem for p in NBS.glob("*.ipynb"))
-CHAPTERS = [page for page in PAGES if page[0].isdigit()]
+PAGES = pages()
+CHAPTERS = chapters()
 BUILD = """
 import json
 from pathlib import Path
 from nbdev.processors import FilterDefaults
 from nbdev.serve_drv import main
-Path("_proc").mkdir()
 errors = {}
-for source in sorted(Path("nbs").glob("*.ipynb")):      # what proc_nbs does with each page; here an error on one hides no other
+for source in sorted(Path("nbs").rglob("*.ipynb")):     # what proc_nbs does with each page; here an error on one hides no other
+    page = source.relative_to("nbs")
+    (Path("_proc") / page).parent.mkdir(parents=True, exist_ok=True)
     try:
-        main((source, Path("_proc") / source.name, FilterDefaults))
+        main((source, Path("_proc") / page, FilterDefaults))
     except Exception as error:
-        errors[source.stem] = f"{error}\\n{error.__cause__ or ''}"
+        errors[page.with_suffix("").as_posix()] = f"{error}\\n{error.__cause__ or ''}"
 Path("errors.json").write_text(json.dumps(errors))
 """
 
@@ -65,11 +63,6 @@ def page(site):
     return page
 
 
-@cache
-def source(name):
-    return nbformat.read(NBS / f"{name}.ipynb", as_version=4)
-
-
 def prose(nb):
     "All that becomes text of the page: Markdown cells, and the Markdown that shown outputs hold. Code blocks are left out."
     texts = []
@@ -82,7 +75,7 @@ def prose(nb):
 
 def words(text, reader):
     "What Pandoc makes of a page: words, and the tags round them. Its typography, and the tags that hide a solution, are undone."
-    text = re.sub(r"</?(details|summary)>", "", text)
+    text = re.sub(r"</?(details|summary)>|^:::.*$", "", text, flags=re.MULTILINE)                # what folds on the page
     page = pypandoc.convert_text(text, "html", format=reader, extra_args=["--wrap=none", "--mathjax", "--syntax-highlighting=none"])
     page = re.sub(r"</?(p|col|colgroup|span|div)\b[^>]*>", "", page)                             # readers differ in these, eyes do not
     page = page.translate(str.maketrans("“”‘’\xa0", "\"\"'' ")).replace("…", "...")
@@ -112,14 +105,14 @@ def test_page_is_built(site, name):
 @pytest.mark.parametrize("name", PAGES)
 def test_front_matter(page, name):
     "Title and one line of description; and nothing of the first cell is lost, since nbdev keeps no more of it."
-    first = source(name).cells[0].source.strip().splitlines()
+    first = read(name).cells[0].source.strip().splitlines()
     assert len(first) == 3 and first[1] == "" and re.match(r"# \S", first[0]) and re.match(r"> \S", first[2]), "the first cell holds title and subtitle only"
     matter = front_matter(page(name))
     assert set(matter) == {"title", "description", "output-file"} and len(matter["description"]) > 20
 
 
 def test_page_names_are_unique():
-    assert not [n for n, count in Counter(re.sub(r"^\d+_", "", name) for name in PAGES).items() if count > 1]
+    assert len({html_of(name) for name in PAGES}) == len(PAGES)
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -134,42 +127,44 @@ def anchors(nb):
     return {slug(title) for _, title in headings(nb)} | set(re.findall(r"\{#([\w.-]+)", prose(nb)))
 
 
+def leads_to(name, target):
+    "The file below nbs that a relative link of a page means."
+    return normpath(join(dirname(name), target))
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_links_and_anchors_resolve(page, name):
     for target, anchor in re.findall(r"\]\(([\w./-]*)(?:#([\w.-]+))?\)", prose(page(name))):
+        file = leads_to(name, target)
         if target.endswith(".ipynb") or (anchor and not target):
-            other = Path(target).stem if target else name
+            other = file.removesuffix(".ipynb") if target else name
             assert other in PAGES, f"links to {target}"
             assert not anchor or anchor in anchors(page(other)), f"links to {target}#{anchor}"
         elif target:
-            assert not target.startswith("..") and (NBS / target).exists(), f"links to {target}, which the site does not hold"
+            assert not file.startswith("..") and (NBS / file).exists(), f"links to {target}, which the site does not hold"
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_links_to_names_resolve(site, page, name):
     "Names in backticks lead to a page of this site and, for functions and classes, to their heading there."
     config = {line.split(" = ")[0]: line.strip().split(" = ")[1] for line in open(ROOT / "settings.ini") if " = " in line}
-    pages = {re.sub(r"^\d+_", "", n) + ".html": n for n in PAGES}
-    for target, anchor in re.findall(re.escape(config["doc_host"] + config["doc_baseurl"]) + r"/([\w.]+)#([\w.]+)\)", prose(page(name))):
-        assert target in pages, target
-        if not re.search(r"\.|^_", anchor) and pages[target] not in errors_of(site):           # methods and private names lead to their page
-            assert anchor in anchors(page(pages[target])), f"{target}#{anchor}"
+    there = {html_of(other): other for other in PAGES}
+    address = re.escape(config["doc_host"] + config["doc_baseurl"])
+    for target, anchor in re.findall(address + r"/([\w./]+)#([\w.]+)\)", prose(page(name))):
+        assert target in there, target
+        if not re.search(r"\.|^_", anchor) and there[target] not in errors_of(site):         # methods and private names lead to their page
+            assert anchor in anchors(page(there[target])), f"{target}#{anchor}"
 
 
-def chapter_of(module):
-    return next(n for n in CHAPTERS if any(re.search(rf"^#\|\s*default_exp {module}$", c.source, re.MULTILINE) for c in source(n).cells))
-
-
-@pytest.mark.parametrize("module", [p.stem for p in docstrings.modules()])
+@pytest.mark.parametrize("module", house.modules())
 def test_every_public_name_is_documented(page, module):
-    "Functions and classes on their chapter's page by `show_doc`; all of them, and the methods, in the reference."
-    tree = ast.parse((ROOT / "vlmamba_lite" / f"{module}.py").read_text(encoding="utf-8"))
-    names = [(name, owner) for name, _, owner in docstrings.public_names(tree) if not docstrings.is_derivative(owner)]
-    shown = {title for level, title in headings(page(chapter_of(module)))}
+    "Functions and classes on their notebook's page by `show_doc`; all of them, and the methods, in the reference."
+    names = [(name, owner) for name, _, owner in house.definitions(module) if not house.is_derivative(owner)]
+    shown = {title for _, title in headings(page(page_of(module)))}
     assert not [name for name, owner in names if owner is None and name not in shown]
-    reference = next(c for c in page("api").cells if f'reference("{module}"' in c.source)
-    text = "".join(reference.outputs[0].data["text/markdown"])
-    assert not [name for name, owner in names if not re.search(rf"^(### {re.escape(name)}$|\| \[{name}\])", text, re.MULTILINE)]
+    text = re.search(rf"^## {re.escape(module)}$.*?(?=^## |\Z)", prose(read("api")), re.MULTILINE | re.DOTALL)
+    assert text, f"{module} is missing in the reference"
+    assert not [name for name, _ in names if not re.search(rf"^(### {re.escape(name)}$|\| \[{name}\])", text[0], re.MULTILINE)]
 
 
 def directives(cell):
@@ -182,7 +177,7 @@ def directives(cell):
 @pytest.mark.parametrize("name", PAGES)
 def test_pictures_have_captions_and_alt_text(name):
     "`#| fig-alt:` and `#| fig-cap:` over every cell that shows a picture, one picture a cell; words between the brackets of every Markdown picture."
-    nb = source(name)
+    nb = read(name)
     for i, cell in enumerate(nb.cells):
         pictures = [o for o in cell.get("outputs", []) if any(kind.startswith("image/") for kind in o.get("data", {}))]
         assert len(pictures) <= 1, f"cell {i} shows {len(pictures)} pictures"
@@ -196,7 +191,7 @@ def test_pictures_have_captions_and_alt_text(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_options_are_yaml(name):
-    for cell in source(name).cells:
+    for cell in read(name).cells:
         assert cell.cell_type != "code" or isinstance(directives(cell), dict)
 
 
@@ -217,26 +212,31 @@ def contents(entries):
 
 
 def test_sidebar_lists_every_page_once():
+    "The course in reading order, then what needs not be read: the workshop, room by room."
     sidebar = yaml.safe_load((NBS / "sidebar.yml").read_text())["website"]["sidebar"]["contents"]
-    assert sorted(contents(sidebar)) == [f"{name}.ipynb" for name in PAGES]
-    assert [e["section"] for e in sidebar if isinstance(e, dict)] == ["The scan", "The eye", "The language model", "The whole", "The evidence", "Reference"]
+    parts = {e["section"]: contents(e["contents"]) for e in sidebar if isinstance(e, dict)}
+    assert sorted(contents(sidebar)) == sorted(f"{name}.ipynb" for name in PAGES)
+    assert parts["Course"] == [f"{name}.ipynb" for name in CHAPTERS]
+    rooms = [house.floor(module_of(name.removesuffix(".ipynb"))) for name in parts["Workshop"]]
+    assert rooms == sorted(rooms)
 
 
 def test_configuration():
     "Light and dark, search, files that exist; what is included asks nobody but GitHub and Colab, and only when clicked."
     config = yaml.safe_load((NBS / "_quarto.yml").read_text())
     html, website = config["format"]["html"], config["website"]
-    assert set(html["theme"]) == {"light", "dark"} and website["search"] and html["code-tools"]["toggle"] and html["code-fold"] == "show"
+    assert set(html["theme"]) == {"light", "dark"} and website["search"] and html["code-tools"]["toggle"]
     assert website["repo-subdir"] == "nbs" and "source" in website["repo-actions"]
-    for name in (html["css"], html["include-in-header"], html["include-after-body"], *(entry["href"] for entry in website["navbar"]["left"])):
+    for name in (html["css"], html["include-in-header"], html["include-after-body"],
+                 *(entry["href"] for entry in website["navbar"]["left"])):
         assert (NBS / name).is_file(), name
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", (NBS / "colab.html").read_text() + (NBS / "equations.html").read_text())
 
 
 def test_glossary_names_exist():
     "Every code name of the glossary is a name in the library."
-    library = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "vlmamba_lite").glob("*.py"))
-    rows = re.findall(r"^\|[^|]*\|([^|]*)\|", prose(source("glossary")), re.MULTILINE)
+    library = "\n".join(path.read_text(encoding="utf-8") for path in house.files().values())
+    rows = re.findall(r"^\|[^|]*\|([^|]*)\|", prose(read("glossary")), re.MULTILINE)
     names = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert len(names) > 25
     assert not [name for name in names if not re.search(rf"\b{name}\b", library)]
@@ -244,4 +244,4 @@ def test_glossary_names_exist():
 
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_chapter_leads_to_the_glossary(name):
-    assert "glossary.ipynb" in prose(source(name))
+    assert "glossary.ipynb" in prose(read(name))

@@ -1,0 +1,1 @@
+from .commands import app  # noqa: F401 - transition: the lead empties this file
