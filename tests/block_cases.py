@@ -8,8 +8,8 @@ from measures import gradients, rms_error
 
 from vlmamba_lite.layers.mamba import Mamba, MambaState
 from vlmamba_lite.layers.mamba2 import Mamba2, Mamba2State
-from vlmamba_lite.scan_reference import selective_scan_reference
-from vlmamba_lite.ssd import ssd_recurrent
+from vlmamba_lite.ops.reference import selective_scan_reference
+from vlmamba_lite.ops.ssd import ssd_recurrent
 
 
 def mamba_by_the_book(p, x, state=None):

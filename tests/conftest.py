@@ -15,7 +15,7 @@ def pytest_sessionfinish(session, exitstatus):
     "With $TEST_TIME_FILE set, a whole and passing run says there how long it took: the figure of the README."
     path = os.environ.get("TEST_TIME_FILE")
     if path and exitstatus == 0 and not hasattr(session.config, "workerinput"):
-        from vlmamba_lite.training import write_result
+        from vlmamba_lite.training.results import write_result
         write_result(path, tests=session.testscollected, wall_seconds=round(time.time() - BEGAN, 1))
 
 
@@ -42,7 +42,8 @@ def make_model(small):
     "A function: a new tiny `VLMamba` with random weights, of any connector, mixer, and field of `MambaConfig`."
     import torch
 
-    from vlmamba_lite.model import VLMamba, tiny_config
+    from vlmamba_lite.model.presets import tiny_config
+    from vlmamba_lite.model.vlmamba import VLMamba
 
     def make(connector="vss_l2", mixer="mamba2", seed=0, **language):
         config = tiny_config(small.tokenizer.get_vocab_size())

@@ -1,7 +1,7 @@
 """A batch by hand, for tests of the whole model."""
 import torch
 
-from vlmamba_lite.data import Batch
+from vlmamba_lite.data.batches import Batch
 
 
 def batch_of(images, ids, labels=None, mask=None):

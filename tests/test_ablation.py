@@ -106,7 +106,8 @@ def test_rows_do_not_repeat():
 
 
 def test_same_seed_same_weights_and_the_lite_row_is_the_lite_model():
-    from vlmamba_lite.model import VLMamba, lite_config
+    from vlmamba_lite.model.presets import lite_config
+    from vlmamba_lite.model.vlmamba import VLMamba
     torch.manual_seed(4)
     plain = VLMamba(lite_config(WORDS.get_vocab_size()), WORDS).state_dict()
     mine, other = A.build_row("lite", WORDS, 4).state_dict(), A.build_row("lite", WORDS, 5).state_dict()
@@ -125,7 +126,7 @@ def test_one_way_reads_in_raster_order_and_knows_nothing_of_later_patches(name):
 
 
 def test_one_way_is_the_first_direction():
-    from vlmamba_lite.vss import VSS
+    from vlmamba_lite.connectors.vss import VSS
     vss, x = VSS(8, "csm", d_state=4), torch.randn(2, 20, 8)
     assert_close(A.OneWay(vss)(x, (4, 5)), vss.directions(x, (4, 5))[:, 0])
     with pytest.raises(ValueError, match="vss: got VSS, need a VSS with shared weights"):

@@ -12,10 +12,10 @@ from vlmamba_lite.evaluation.benchmarks import (bench_block, bench_directions, b
                                                 scan_inputs_of, scan_peers, ssd_inputs_of, ssd_peer, step_operations, training_form, use_blocks)
 from vlmamba_lite.evaluation.cost import (compared, comparison_table, fit_power, peak_bytes, read_result, side_by_side, state_bytes,
                                           training_step)
-from vlmamba_lite.mamba import Mamba
-from vlmamba_lite.model import count_parameters
-from vlmamba_lite.scan import selective_scan
-from vlmamba_lite.ssd import ssd_chunked
+from vlmamba_lite.layers.mamba import Mamba
+from vlmamba_lite.model.memory import count_parameters
+from vlmamba_lite.ops.selective_scan import selective_scan
+from vlmamba_lite.ops.ssd import ssd_chunked
 from vlmamba_lite.training.recipes import RECIPES
 
 

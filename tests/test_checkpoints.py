@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from vlmamba_lite.files import KeyReport
 from vlmamba_lite.language.checkpoints import published_config, save_pretrained
-from vlmamba_lite.language_model import MambaConfig, MambaLM
+from vlmamba_lite.language.model import MambaConfig, MambaLM
 
 transformers.utils.logging.disable_progress_bar()
 NO_TOKENS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
@@ -461,7 +461,7 @@ def test_mamba_130m_says_what_it_says():
 MEASURE = """
 import sys, torch
 torch.set_num_threads(1)
-from vlmamba_lite.language_model import MambaLM
+from vlmamba_lite.language.model import MambaLM
 from_pretrained = MambaLM.from_pretrained
 def peak():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) / 1024

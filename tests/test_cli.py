@@ -97,7 +97,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
-    from vlmamba_lite.data import load_easy_vqa
+    from vlmamba_lite.data.easy_vqa import load_easy_vqa
     path = tmp_path_factory.mktemp("picture") / "picture.png"
     load_easy_vqa("test")[0]["image"].save(path)
     return path
@@ -106,7 +106,7 @@ def picture(tmp_path_factory):
 # train
 
 def test_what_a_run_leaves(run):
-    from vlmamba_lite.training import checkpoints, verify_checkpoint
+    from vlmamba_lite.training.checkpoints import checkpoints, verify_checkpoint
     assert {p.name for p in run.folder.iterdir()} == FILES and [p.name for p in run.folder.parent.iterdir()] == ["tiny-seed3"]
     assert all((run.folder / name).read_bytes()[:4] == b"\x89PNG" for name in ("curves.png", "samples.png"))
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
@@ -121,7 +121,7 @@ def test_what_a_run_leaves(run):
 
 
 def test_what_its_result_says(run):
-    from vlmamba_lite.model import VLMamba
+    from vlmamba_lite.model.vlmamba import VLMamba
     result = json.loads((run.folder / "result.json").read_text())
     assert set(result) == {"preset", "recipe", "stages", "data", "seed", "steps", "loss", "validation", "test_accuracy", "accuracy_by_type", "test_questions", "floors", "parameters",
                            "train_cpu_seconds", "train_wall_seconds", "commit", "command", "hardware", "versions", "date"}
@@ -505,8 +505,8 @@ def test_the_module_is_a_program():
 # ask
 
 def test_ask_in_a_terminal(run, picture):
-    from vlmamba_lite.data import open_image
-    from vlmamba_lite.model import VLMamba
+    from vlmamba_lite.data.pictures import open_image
+    from vlmamba_lite.model.vlmamba import VLMamba
     want = VLMamba.from_pretrained(run.folder).ask(open_image(picture), QUESTION)
     said = finished(process("ask", run.folder, picture, QUESTION))
     assert (said.code, said.out, said.err) == (0, want + "\n", "")
@@ -675,7 +675,7 @@ def grid(monkeypatch):
             on_row(row)
         return done
     fake = SimpleNamespace(run_grid=run_grid, cost_table=lambda plan: f"{len(plan)} runs [left]")
-    monkeypatch.setitem(sys.modules, "vlmamba_lite.ablation", fake)
+    monkeypatch.setitem(sys.modules, "vlmamba_lite.evaluation.grid", fake)
     return fake
 
 
@@ -706,8 +706,9 @@ def speaker(tmp_path_factory):
     "A tiny model with random weights that reads bytes and writes printable ones, in a folder: conversations have the papers' form."
     import torch
 
-    from vlmamba_lite.data import byte_tokenizer
-    from vlmamba_lite.model import VLMamba, tiny_config
+    from vlmamba_lite.data.conversations import byte_tokenizer
+    from vlmamba_lite.model.presets import tiny_config
+    from vlmamba_lite.model.vlmamba import VLMamba
     tokenizer = byte_tokenizer()
     config = tiny_config(tokenizer.get_vocab_size())
     config.language.tie_embeddings = False
@@ -736,7 +737,7 @@ def types(monkeypatch):
 
 
 def test_chat_says_what_the_model_says(speaker, picture, types):
-    from vlmamba_lite.data import open_image
+    from vlmamba_lite.data.pictures import open_image
     said = types(["what is this?", "", "and now?"], speaker.folder, picture, "--tokens", 9, "--device", "cpu")
     chat = speaker.model.chat(open_image(picture))
     want = ["".join(chat.stream(text, 9)) for text in ("what is this?", "and now?")]
@@ -763,7 +764,7 @@ def test_a_conversation_that_is_kept_goes_on(speaker, picture, types, tmp_path):
 def test_pictures_and_new_beginnings(speaker, picture, types, tmp_path):
     from PIL import Image
 
-    from vlmamba_lite.data import open_image
+    from vlmamba_lite.data.pictures import open_image
     Image.new("RGB", (30, 20), (10, 200, 90)).save("second picture.png")
     said = types(["one", "/picture second picture.png", "two", "/new", "/picture second picture.png", "one", "/quit", "never read"],
                  speaker.folder, picture, "--tokens", 7)

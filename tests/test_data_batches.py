@@ -18,7 +18,7 @@ from vlmamba_lite.data.conversations import Codec, Conversation, SampleError, by
 from vlmamba_lite.data.pictures import normalize, process_images
 from vlmamba_lite.data.records import ConversationSet, hub_set, undecoded
 from vlmamba_lite.data.sort_of_clevr import sort_of_clevr
-from vlmamba_lite.language_model import MambaConfig, MambaLM
+from vlmamba_lite.language.model import MambaConfig, MambaLM
 from vlmamba_lite.model.vlmamba import VLMamba
 
 TENSORS = ("images", "prefixes", "prefix_of", "starts", "input_ids", "labels", "mask")

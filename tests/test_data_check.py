@@ -117,7 +117,7 @@ def test_tokenizers_from_files(tmp_path):
 def vlmamba(*arguments):
     from typer.testing import CliRunner
 
-    from vlmamba_lite.cli import app
+    from vlmamba_lite.cli.commands import app
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 

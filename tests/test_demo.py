@@ -11,8 +11,8 @@ from test_cli import is_a_mistake, vlmamba
 
 from vlmamba_lite.cli.chat import Session
 from vlmamba_lite.cli.demo import AttentionMap, demo_page, launch_demo, paint_map
-from vlmamba_lite.connector import connector_sight
-from vlmamba_lite.model import picture_tokens
+from vlmamba_lite.connectors.attention_maps import connector_maps
+from vlmamba_lite.model.vlmamba import picture_tokens
 
 QUESTION = "what color is the shape?"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -30,7 +30,7 @@ def model(make_model):
 
 def test_the_map_is_that_of_the_connector(model, picture):
     sight = AttentionMap(model, picture)
-    maps = connector_sight(model.connector, *picture_tokens(model, picture), (2, 5))
+    maps = connector_maps(model.connector, *picture_tokens(model, picture), (2, 5))
     assert sight.size == (8, 8) and sight.attention.shape == (64, 64)
     torch.testing.assert_close(sight.attention.sum(0).view(8, 8), maps["attention, all"])
     torch.testing.assert_close(sight.attention[2 * 8 + 5].view(8, 8), maps["attention"])

@@ -30,7 +30,8 @@ def school():
     "A tokenizer, a stage, and conversations whose answers have from 1 to 60 words: two processes never learn from equally many tokens."
     from PIL import Image
 
-    from vlmamba_lite.data import ConversationSet, build_tokenizer
+    from vlmamba_lite.data.conversations import build_tokenizer
+    from vlmamba_lite.data.records import ConversationSet
     from vlmamba_lite.training.recipes import Stage
     tokenizer = build_tokenizer([words(1)])
     samples = [{"image": Image.new("RGB", (64, 64), (37 * i % 256, 91 * i % 256, 11 * i % 256)), "questions": [words(1)],
@@ -43,7 +44,8 @@ def school():
 
 def train_mode(folder, mode, resume=False, on_step=None):
     "A run in a folder -> the model."
-    from vlmamba_lite.model import VLMamba, tiny_config
+    from vlmamba_lite.model.presets import tiny_config
+    from vlmamba_lite.model.vlmamba import VLMamba
     from vlmamba_lite.training.loop import train
     from vlmamba_lite.training.recipes import stage_batches
     tokenizer, stage, data = school()
@@ -136,7 +138,8 @@ def near(got, want, limit=1e-4):
 
 def test_the_batches_are_unequal():
     "Otherwise a mean of means would do."
-    from vlmamba_lite.model import VLMamba, tiny_config
+    from vlmamba_lite.model.presets import tiny_config
+    from vlmamba_lite.model.vlmamba import VLMamba
     from vlmamba_lite.training.loop import learned_tokens, micro_batches
     from vlmamba_lite.training.recipes import stage_batches
     tokenizer, stage, data = school()
@@ -156,7 +159,7 @@ def test_the_losses_of_one_process(runs, mode):
 @pytest.mark.parametrize("saved, resumed", PAIRS, ids=["-".join(names) for names in PAIRS])
 def test_a_checkpoint_of_one_mode_goes_on_in_another(runs, saved, resumed):
     near(losses(runs / f"{saved}-{resumed}"), losses(runs / "one"))
-    from vlmamba_lite.model import VLMamba
+    from vlmamba_lite.model.vlmamba import VLMamba
     ours, theirs = (VLMamba.from_pretrained(runs / name).state_dict() for name in (f"{saved}-{resumed}", "one"))
     for name, want in theirs.items():
         torch.testing.assert_close(ours[name], want, rtol=2e-3, atol=2e-4)
@@ -200,7 +203,7 @@ def test_the_command_in_two_processes(tmp_path):
     from PIL import Image
     from typer.testing import CliRunner
 
-    from vlmamba_lite.cli import app
+    from vlmamba_lite.cli.commands import app
     records = [{"id": str(i), "image": f"{i}.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red " * (1 + 3 * i)}]}
                for i in range(8)]
     for i in range(8):

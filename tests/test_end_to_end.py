@@ -7,11 +7,11 @@ import torch
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
-from vlmamba_lite.checkpoints import from_pretrained as load_language
-from vlmamba_lite.cli import app
-from vlmamba_lite.data import byte_tokenizer
-from vlmamba_lite.model import VLMamba
-from vlmamba_lite.vision import load_encoder
+from vlmamba_lite.language.model import MambaLM
+from vlmamba_lite.cli.commands import app
+from vlmamba_lite.data.conversations import byte_tokenizer
+from vlmamba_lite.model.vlmamba import VLMamba
+from vlmamba_lite.vision.towers import load_encoder
 
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("square", "circle")
 STEPS, SAMPLES = 3, 100
@@ -128,7 +128,7 @@ def test_what_is_frozen_and_what_moves(trained, brought):
     "Bit for bit: the encoder never, the language model only in stage 2, the connector in both."
     preset, folder, eye = trained
     eye, words = load_encoder(eye), MODELS[preset][1]
-    words = load_language(str(brought / words), vocab_size=byte_tokenizer().get_vocab_size())
+    words = MambaLM.from_pretrained(str(brought / words), vocab_size=byte_tokenizer().get_vocab_size())
     start, aligned, end = at_step(folder, 1), at_step(folder, STEPS), VLMamba.from_pretrained(folder)       # the first step has the learning rate 0
     for model in (start, aligned, end):
         assert not moved(eye.state_dict(), weights_of(model, "vision"))

@@ -14,9 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmamba_lite.data import Batches, Conversation, Mixture, Preparer, VQABatches, batch_loss, collate_packed, easy_vqa_set
+from vlmamba_lite.data.batches import Preparer, collate_packed
+from vlmamba_lite.data.conversations import Conversation
+from vlmamba_lite.data.easy_vqa import VQABatches, easy_vqa_set
 from vlmamba_lite.files import tensors_in
-from vlmamba_lite.model import VLMamba
+from vlmamba_lite.model.vlmamba import VLMamba
 from vlmamba_lite.training import results
 from vlmamba_lite.training.checkpoints import (best_checkpoint, checkpoints, drop_checkpoints, has_checkpoint, latest_checkpoint, put_optimizer,
                                                read_state, verify_checkpoint, write_folder)
@@ -330,7 +332,7 @@ def test_learned_tokens_are_what_the_loss_is_the_mean_of(make_model, talks, smal
     model = make_model()
     batch, = next(micro_batches(source(model, talks, ALIGN), ALIGN))
     logits = torch.zeros(*batch.labels.shape, 5)
-    from vlmamba_lite.language_model import next_token_loss
+    from vlmamba_lite.language.model import next_token_loss
     one = next_token_loss(logits.requires_grad_(), batch.labels.clamp(max=4), batch.mask)
     one.backward()
     assert learned_tokens(batch) == (logits.grad.abs().sum(-1) > 0).sum()
@@ -345,7 +347,7 @@ def test_a_batch_without_pictures(make_model, talks):
     learner = Learner(model)
     batch, = next(micro_batches(source(model, Talks(talks.rows, texts_only=True), ALIGN), ALIGN))
     assert not batch.images.numel()
-    want = batch_loss(model.language, batch)
+    want = model(batch).loss
     want.backward()
     wanted = gradient(model)
     assert accumulate(learner, [batch]) == pytest.approx(want.item(), rel=1e-6)
@@ -733,8 +735,7 @@ def test_who_is_who(monkeypatch):
 
 def test_preparer_reads_pictures_as_the_model_does(make_model, small):
     model, picture = make_model(), small.rows[0]["image"]
-    from vlmamba_lite.data import normalize
-    from vlmamba_lite.model import picture_pixels
+    from vlmamba_lite.data.pictures import normalize
     read = picture_reader(model)([picture, picture.convert("L")])
-    assert read.dtype == torch.uint8 and torch.equal(normalize(read[:1]), picture_pixels(model, picture))
+    assert read.dtype == torch.uint8 and torch.equal(normalize(read[:1]), model.pixels(picture))
     assert Preparer(model.tokenizer, "lite", process=picture_reader(model)) is not None

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmamba_lite.data import EOS, PAD, QUESTION_TYPES, UNK, VQASet, load_easy_vqa
+from vlmamba_lite.data.conversations import EOS, PAD, UNK
+from vlmamba_lite.data.easy_vqa import QUESTION_TYPES, VQASet, load_easy_vqa
 from vlmamba_lite.evaluation.answers import (PUBLISHED, accuracy, accuracy_by_type, answer, answer_all, baselines, blind_majority, conversation_samples, evaluate, pick_samples, plot_samples,
                                              sample_sheet)
 from vlmamba_lite.data.easy_vqa import VQABatches
@@ -261,7 +262,7 @@ def test_a_page_of_samples_is_not_cut_off(tmp_path, words):
 
 def test_talks_are_shown_with_what_was_written_down(make_model, small, tmp_path):
     "One picture a sample; talks with none or several are left out; long texts end in dots."
-    from vlmamba_lite.data import Conversation
+    from vlmamba_lite.data.conversations import Conversation
     picture, question = small.rows["image"][0], small.data.questions[0]
     talks = [Conversation("none", [], [(question, "a")]), Conversation("two", [picture, picture], [(question, "b")]),
              Conversation("long", [picture], [(question, "word " * 40)]), Conversation("one", [picture], [(question, "$c_$ and $")])]

@@ -64,7 +64,8 @@ def count_changes(clock):
 
 def small_school():
     "A small model's two stages with all that a checkpoint must hold: two optimizers, a mean of the weights, unequal batches."
-    from vlmamba_lite.data import VQABatches, build_set, build_tokenizer, load_easy_vqa
+    from vlmamba_lite.data.conversations import build_tokenizer
+    from vlmamba_lite.data.easy_vqa import VQABatches, build_set, load_easy_vqa
     from vlmamba_lite.training.recipes import Stage
     rows = load_easy_vqa("train").select(range(0, 3600, 300))
     tokenizer = build_tokenizer(text for name in ("questions", "answers") for texts in rows[name] for text in texts)
@@ -78,7 +79,8 @@ def train_once(school, folder, resume):
     "A run in a folder, from the beginning or from where it stopped."
     import torch
 
-    from vlmamba_lite.model import VLMamba, tiny_config
+    from vlmamba_lite.model.presets import tiny_config
+    from vlmamba_lite.model.vlmamba import VLMamba
     from vlmamba_lite.training.checkpoints import has_checkpoint
     from vlmamba_lite.training.loop import train
     tokenizer, stages, sources = school
@@ -95,7 +97,8 @@ def save_model(school, folder, seed):
     "A model of this seed, saved in shards."
     import torch
 
-    from vlmamba_lite.model import VLMamba, tiny_config
+    from vlmamba_lite.model.presets import tiny_config
+    from vlmamba_lite.model.vlmamba import VLMamba
     torch.manual_seed(seed)
     model = VLMamba(tiny_config(school[0].get_vocab_size()), school[0])
     model.save_pretrained(folder, max_shard_size=20_000)                     # as many shards, of the same names
@@ -200,7 +203,7 @@ def test_the_run_that_nobody_kills(whole):
 
 def checked(folder):
     "The newest checkpoint of a run that was killed loads, whatever else lies there. -> its step, 0 where there is none."
-    from vlmamba_lite.model import VLMamba
+    from vlmamba_lite.model.vlmamba import VLMamba
     from vlmamba_lite.training.checkpoints import has_checkpoint, latest_checkpoint, verify_checkpoint
     if not has_checkpoint(folder):
         return 0
@@ -250,7 +253,7 @@ def test_a_kill_while_a_checkpoint_is_written_loses_nothing(server, whole, tmp_p
 
 def test_a_kill_while_a_model_is_saved_leaves_one_of_the_two(server, tmp_path):
     "In shards over another model in shards: at every change of the disk there is the old model or the new one."
-    from vlmamba_lite.model import VLMamba
+    from vlmamba_lite.model.vlmamba import VLMamba
     for seed in (1, 2):
         assert server.run(tmp_path / f"{seed}", save=seed, count="changes") == 0
     models = [VLMamba.from_pretrained(tmp_path / f"{seed}").state_dict() for seed in (1, 2)]

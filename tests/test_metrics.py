@@ -594,7 +594,7 @@ def vlmamba(*arguments):
     "The command in this process."
     from typer.testing import CliRunner
 
-    from vlmamba_lite.cli import app
+    from vlmamba_lite.cli.commands import app
     said = CliRunner().invoke(app, [str(a) for a in arguments])
     return SimpleNamespace(code=said.exit_code, out=said.output, err=said.stderr)
 

@@ -20,16 +20,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
 
 from vlmamba_lite import data as D
-from vlmamba_lite.connector import connector_sight, plot_sight
-from vlmamba_lite.data import (EOS, Conversation, ask_ids, byte_tokenizer, encode_conversation, encode_prompt, normalize,
-                               process_images)
+from vlmamba_lite.connectors.attention_maps import connector_maps, plot_connector_maps
+from vlmamba_lite.data.conversations import (EOS, Conversation, ask_ids, byte_tokenizer, encode_conversation,
+                                             encode_prompt)
+from vlmamba_lite.data.pictures import normalize, process_images
 from vlmamba_lite.files import SWITCH, load_weights, save_together, saved_files, tensors_in, write_atomically
-from vlmamba_lite.language_model import MambaConfig, load_state, next_token_loss, save_state
+from vlmamba_lite.language.model import MambaConfig, load_state, next_token_loss, save_state
 from vlmamba_lite.model.presets import CONNECTORS, MODEL_PRESETS, VLMambaConfig, lite_config, tiny_config
 from vlmamba_lite.model.saving import load_connector, model_card, model_files, read_config
 from vlmamba_lite.model.vlmamba import VLMamba, picture_tokens
-from vlmamba_lite.msc import MambaScanConnector
-from vlmamba_lite.vision import encoder_spec, half_range, load_encoder, new_tower
+from vlmamba_lite.connectors.msc import MambaScanConnector
+from vlmamba_lite.vision.towers import encoder_spec, half_range, load_encoder, new_tower
 
 COMBINATIONS = [(connector, mixer) for connector in CONNECTORS for mixer in ("mamba", "mamba2")]
 QUESTION = "what color is the shape?"
@@ -579,12 +580,12 @@ def test_what_training_changes_can_be_drawn(make_model, connector):
         optimizer.zero_grad()
         model(batch_of(images, ids, labels)).loss.backward()
         optimizer.step()
-    sights = [connector_sight(m.connector, *picture_tokens(m, picture()), (2, 5)) for m in (fresh, model)]
+    sights = [connector_maps(m.connector, *picture_tokens(m, picture()), (2, 5)) for m in (fresh, model)]
     for name, before in sights[0].items():
         after = sights[1][name]
         assert before.shape == after.shape == (8, 8) and after.isfinite().all() and rms_error(after, before) > 1e-3
     sights = {name: (m.connector, *picture_tokens(m, picture())) for name, m in (("before", fresh), ("after", model))}
-    assert plot_sight(sights, (2, 5), picture()).shape == (2, 6)
+    assert plot_connector_maps(sights, (2, 5), picture()).shape == (2, 6)
     plt.close("all")
 
 

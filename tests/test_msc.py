@@ -14,20 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlmamba_lite.connectors import msc
 from vlmamba_lite.connectors.attention_maps import connector_attention, receptive_field
 from vlmamba_lite.connectors.connectors import connector_flops, plot_connector_cost
-from vlmamba_lite.connectors.msc import (
-    CONNECTORS,
-    MVSS,
-    VARIANTS,
-    MambaScanConnector,
-    MSCBlock,
-    ReleasedMSCBlock,
-    SwiGLU,
-    along_paths,
-    mvss_flops,
-)
+from vlmamba_lite.connectors.connectors import CONNECTORS
+from vlmamba_lite.connectors.msc import (MVSS, VARIANTS, MambaScanConnector, MSCBlock, ReleasedMSCBlock, SwiGLU,
+                                         along_paths, mvss_flops)
 from vlmamba_lite.connectors.vss import SCANS, VSS, cross_merge, cross_scan, scan_order
-from vlmamba_lite.mamba2 import Mamba2
-from vlmamba_lite.ssd import ssd
+from vlmamba_lite.layers.mamba2 import Mamba2
+from vlmamba_lite.ops.ssd import ssd
 
 few = settings(deadline=None, max_examples=15, derandomize=True, database=None)
 sizes = st.tuples(st.integers(1, 6), st.integers(1, 6))

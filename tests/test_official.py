@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-import vlmamba_lite.mamba as mamba
+import vlmamba_lite.layers.mamba as mamba
 import vlmamba_lite.ops.ssd as ssd_module
-from vlmamba_lite.mamba import Mamba, MambaState, causal_conv1d, conv_backends, conv_step
-from vlmamba_lite.mamba2 import Mamba2, Mamba2State
+from vlmamba_lite.layers.mamba import Mamba, MambaState, causal_conv1d, conv_backends, conv_step
+from vlmamba_lite.layers.mamba2 import Mamba2, Mamba2State
 from vlmamba_lite.ops.reference import scan_step
 from vlmamba_lite.ops.ssd import ssd, ssd_backends, ssd_chunked, ssd_recurrent
 

@@ -8,7 +8,9 @@ from measures import rms_error
 
 import vlmamba_lite
 from vlmamba_lite import one_page
-from vlmamba_lite.model import VLMamba, lite_config, preset_config
+from vlmamba_lite.data.batches import Batch
+from vlmamba_lite.model.presets import lite_config, preset_config
+from vlmamba_lite.model.vlmamba import VLMamba
 
 SOURCE = Path(one_page.__file__).read_text(encoding="utf-8")
 VOCABULARY = ["<pad>", *"abcdefghijklmnopqrstuvwxyz?"]
@@ -48,7 +50,7 @@ def example(dtype):
 
 
 def library_loss(library, images, ids, labels):
-    out = library(images, ids.flatten(0, 1), labels.flatten(0, 1))
+    out = library(Batch.from_rows(images, ids.flatten(0, 1), labels.flatten(0, 1)))
     return out.logits[:, :-1].unflatten(0, ids.shape[:2]), out.loss
 
 

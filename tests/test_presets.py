@@ -11,16 +11,17 @@ from model_cases import batch_of
 from PIL import Image
 
 import vlmamba_lite
-from vlmamba_lite.benchmark import peak_bytes
-from vlmamba_lite.data import byte_tokenizer
-from vlmamba_lite.language_model import MambaConfig
+from vlmamba_lite.evaluation.cost import peak_bytes
+from vlmamba_lite.data.conversations import byte_tokenizer
+from vlmamba_lite.language.model import MambaConfig
 from vlmamba_lite.model.memory import PUBLISHED_SIZES, count_parameters, memory_estimate, memory_table, meta_model, parameter_table, whole_part
 from vlmamba_lite.model.presets import (ABLATIONS, CONNECTORS, LANGUAGE_MODELS, MODEL_PRESETS, PAPER_PRESETS, VISION_ENCODERS, VLMambaConfig,
                                         check_connector, language_config, override, preset_config, vision_spec)
 from vlmamba_lite.model.saving import find_tokenizer, load_connector
 from vlmamba_lite.model.vlmamba import VLMamba
-from vlmamba_lite.training import TrainingConfig, build_optimizers
-from vlmamba_lite.vision import half_range, load_encoder, new_tower
+from vlmamba_lite.training.optimizers import build_optimizers
+from vlmamba_lite.training.recipes import pick_recipe
+from vlmamba_lite.vision.towers import half_range, load_encoder, new_tower
 
 
 def one_line(call, match):
@@ -167,7 +168,7 @@ def test_bytes_of_parameters_are_exact(trains):
     images, ids = torch.randn(2, 3, 64, 64), torch.randint(0, 500, (2, 9))
     for optimizer in ("adamw", "muon"):
         trained = train_only(model, trains)
-        optimizers = [torch.optim.AdamW(trained)] if optimizer == "adamw" else build_optimizers(model, TrainingConfig())
+        optimizers = [torch.optim.AdamW(trained)] if optimizer == "adamw" else build_optimizers(model, pick_recipe("lite")[0])
         model(batch_of(images, ids, ids)).loss.backward()
         for o in optimizers:
             o.step()

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scan_cases import cast, draw
 
-from vlmamba_lite.benchmark import peak_bytes
+from vlmamba_lite.evaluation.cost import peak_bytes
 from vlmamba_lite.ops.selective_scan import selective_scan
 
 

@@ -779,9 +779,11 @@ def test_says_what_to_install(monkeypatch):
 def test_whole_model_with_a_pretrained_encoder(name, small, tmp_path):
     "Trained one step, saved, loaded without the Hub, asked: the tower keeps its weights and its own preparation of pictures."
     pytest.importorskip("transformers")
-    from vlmamba_lite.data import normalize
-    from vlmamba_lite.model import VLMamba, tiny_config
-    from vlmamba_lite.training import TrainingConfig, build_optimizers
+    from vlmamba_lite.data.pictures import normalize
+    from vlmamba_lite.model.presets import tiny_config
+    from vlmamba_lite.model.vlmamba import VLMamba
+    from vlmamba_lite.training.optimizers import build_optimizers
+    from vlmamba_lite.training.recipes import pick_recipe
     tower = half_range(FusedEncoder([toy("tiny-dinov2"), toy("tiny-siglip", seed=1)]) if name == "fused" else toy(name))
     config = tiny_config(small.tokenizer.get_vocab_size())
     config.vision = encoder_spec(tower)
@@ -793,7 +795,7 @@ def test_whole_model_with_a_pretrained_encoder(name, small, tmp_path):
     images = normalize(data.images[:2])
     loss = model(images, data.input_ids[:2], data.labels[:2]).loss
     loss.backward()
-    for optimizer in build_optimizers(model, TrainingConfig()):
+    for optimizer in build_optimizers(model, pick_recipe("lite")[0]):
         optimizer.step()
     assert loss.isfinite() and all(torch.equal(p, before[key]) for key, p in model.vision.state_dict().items())
     assert all(p.grad is not None for p in model.connector.parameters())

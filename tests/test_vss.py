@@ -9,7 +9,7 @@ from torch import nn
 from vlmamba_lite import mamba, scan
 from vlmamba_lite.connectors import vss
 from vlmamba_lite.connectors.vss import PATHS, SCANS, VSS, cross_merge, cross_scan, scan_order, unscan, vss_definition
-from vlmamba_lite.mamba import Mamba
+from vlmamba_lite.layers.mamba import Mamba
 
 few = settings(deadline=None, max_examples=25, derandomize=True, database=None)
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))

@@ -14,7 +14,7 @@ from vlmamba_lite.evaluation import kernels
 from vlmamba_lite.ops import triton as scan_triton
 from vlmamba_lite.ops.reference import selective_scan_reference
 from vlmamba_lite.ops.triton import INTERPRETED, _PLACES, _scan_backward_op, _scan_op, selective_scan_triton
-from vlmamba_lite.vss import SS2D, VSS, _kept_order, _order_once, scan_order
+from vlmamba_lite.connectors.vss import VSS, _kept_order, _order_once, scan_order
 
 assert INTERPRETED, "needs TRITON_INTERPRET=1 in the environment"
 
@@ -331,7 +331,7 @@ def test_modules_scan_a_picture_in_one_launch(make, monkeypatch):
         launches.append(kwargs["order"].shape)
         return selective_scan_triton(*args, **kwargs)
 
-    for name in ("vlmamba_lite.ops.triton", "vlmamba_lite.scan_triton"):
+    for name in ("vlmamba_lite.ops.triton",):
         if name in sys.modules:
             monkeypatch.setattr(sys.modules[name], "selective_scan_triton", noted)
 

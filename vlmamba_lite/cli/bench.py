@@ -35,7 +35,7 @@ def record(name, output, threads, **settings):
     with clean_errors():
         import torch
         from vlmamba_lite import benchmark
-        from vlmamba_lite.training import write_result
+        from vlmamba_lite.training.results import write_result
         torch.set_num_threads(threads)
         result = getattr(benchmark, f"bench_{name}")(**settings)
         path = output or Path("data/results") / f"bench_{name}.json"
@@ -85,7 +85,7 @@ def kernels_bench(
         if find_spec("triton") is None:
             raise ValueError("bench kernels needs triton, which is not installed")
         from vlmamba_lite import scan_triton
-        from vlmamba_lite.training import write_result
+        from vlmamba_lite.training.results import write_result
         result = scan_triton.bench_kernels(shape, case)
         path = output or Path("data/results") / f"kernels_{'gpu' if 'times' in result else 'static'}.json"
         write_result(path, benchmark="kernels", **result)
@@ -111,7 +111,7 @@ def prefix_bench(output: ResultFile = Path("data/results/prefix_reuse.json"), se
     with clean_errors():
         import torch
         from vlmamba_lite.cli import runs
-        from vlmamba_lite.training import prefix_reuse_cost, write_result
+        from vlmamba_lite.training.results import prefix_reuse_cost, write_result
         torch.set_num_threads(1)                             # CPU seconds of one thread: least disturbed by others
         model, sets = runs.prepare("lite", seed)
         costs = [prefix_reuse_cost(model.train(), sets["train"], questions, repeats, seed) for questions in (1, 4, 8)]
@@ -128,15 +128,22 @@ def loader_bench(output: ResultFile = Path("data/results/bench_loader.json"), se
     with clean_errors():
         import torch
         from vlmamba_lite.cli import runs
-        from vlmamba_lite.data import Batches, Mixture, Preparer, collate_by_image, easy_vqa_set, loader_speed
-        from vlmamba_lite.training import TrainingConfig, build_optimizers, make_batch, train_step, write_result
+        from vlmamba_lite.data.batches import Batches, Mixture, Preparer, collate_by_image
+        from vlmamba_lite.data.checks import loader_speed
+        from vlmamba_lite.data.easy_vqa import VQABatches, easy_vqa_set
+        from vlmamba_lite.training.distributed import Processes
+        from vlmamba_lite.training.loop import Learner, train_step
+        from vlmamba_lite.training.optimizers import build_optimizers
+        from vlmamba_lite.training.recipes import pick_recipe
+        from vlmamba_lite.training.results import write_result
         torch.set_num_threads(1)
         model, sets = runs.prepare("lite", seed)
-        config = TrainingConfig(batch_size=16, questions=4)
-        optimizers, learning, making = build_optimizers(model.train(), config), [], []
+        stage, = pick_recipe("lite")
+        drawn = VQABatches(sets["train"], stage.steps, 16, seed, questions=4)
+        learner, optimizers, learning, making = Learner(model.train()), build_optimizers(model, stage), [], []
         for step in range(min(steps, 15) + 1):
-            batch, began = make_batch(sets["train"], config, seed, step), time.process_time()
-            train_step(model, optimizers, batch, config.lr, config.clip)
+            batch, began = drawn[step], time.process_time()
+            train_step(learner, optimizers, [batch], stage.lr, stage.clip, Processes())
             learning.append(time.process_time() - began)
         prepare = Preparer(model.tokenizer, "lite", questions=4, augmented=True)
         batches = Batches(Mixture([easy_vqa_set("train")], seed=seed), prepare, 16, collate_by_image)

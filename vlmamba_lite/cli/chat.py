@@ -11,9 +11,10 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from ..data import open_image
-from ..language_model import check_sampling, load_state, save_state
-from ..model import VLMamba
+from ..data.pictures import open_image
+from ..language.model import load_state, save_state
+from ..language.sampling import check_sampling
+from ..model.vlmamba import VLMamba
 
 # %% ../../nbs/cli/chat.ipynb #8e1aaef4
 class Session:

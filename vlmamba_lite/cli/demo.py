@@ -16,9 +16,9 @@ from pathlib import Path
 from matplotlib import colormaps
 from PIL import Image, ImageDraw
 from .chat import Session, open_session
-from ..connector import connector_attention
-from ..data import open_image
-from ..model import picture_pixels, picture_tokens
+from ..connectors.attention_maps import connector_attention
+from ..data.pictures import open_image
+from ..model.vlmamba import picture_tokens
 
 # %% ../../nbs/cli/demo.ipynb #376cd438
 def paint_map(picture, values, at=None, side=448):
@@ -43,7 +43,7 @@ class AttentionMap:
 
     def __init__(self, model, image):
         tokens, self.size = picture_tokens(model, image)
-        self.picture = picture_pixels(model, image)[0]
+        self.picture = model.pixels(image)[0]
         attention = connector_attention(model.connector, tokens, self.size)                  # (1, K, L, L)
         self.attention = attention[0].sum(0)                             # (L, L): row i is what patch i takes in
 

@@ -36,13 +36,14 @@ def clean_errors(everywhere=False):
 # %% ../../nbs/cli/options.ipynb #27e6cc17
 def registries():
     "The names that help texts list, by the name of the list."
-    from vlmamba_lite.data import TEMPLATES
-    from vlmamba_lite.evaluation import BENCHMARKS
-    from vlmamba_lite.model import CONNECTORS, EYES, LANGUAGES, MODEL_PRESETS, PAPER_PRESETS
-    from vlmamba_lite.training import RECIPES, TRACKERS
-    from vlmamba_lite.vss import SCANS
-    lists = dict(presets=[*MODEL_PRESETS, *PAPER_PRESETS], encoders=EYES, connectors=CONNECTORS, scans=SCANS,
-                 languages=LANGUAGES, recipes=RECIPES, templates=TEMPLATES, trackers=TRACKERS,
+    from vlmamba_lite.data.conversations import TEMPLATES
+    from vlmamba_lite.evaluation.metrics import BENCHMARKS
+    from vlmamba_lite.model.presets import CONNECTORS, VISION_ENCODERS, LANGUAGE_MODELS, MODEL_PRESETS, PAPER_PRESETS
+    from vlmamba_lite.training.recipes import RECIPES
+    from vlmamba_lite.training.results import TRACKERS
+    from vlmamba_lite.connectors.vss import SCANS
+    lists = dict(presets=[*MODEL_PRESETS, *PAPER_PRESETS], encoders=VISION_ENCODERS, connectors=CONNECTORS, scans=SCANS,
+                 languages=LANGUAGE_MODELS, recipes=RECIPES, templates=TEMPLATES, trackers=TRACKERS,
                  benchmarks=[name for name, benchmark in BENCHMARKS.items() if benchmark.rate])    # others need a judge
     return {name: ", ".join(names) for name, names in lists.items()}
 

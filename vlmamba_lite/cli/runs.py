@@ -9,7 +9,7 @@ __all__ = ['ELSEWHERE', 'prepare', 'model_tokenizer', 'Plan', 'make_plan', 'memo
 # %% ../../nbs/cli/runs.ipynb #1a826871
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
@@ -18,14 +18,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from .chat import pick_device
 from .settings import Settings, as_yaml, resolve, run_folder
-from ..data import build_set, build_tokenizer, byte_tokenizer, load_easy_vqa, open_data
-from ..evaluation import (accuracy_by_type, answer_all, evaluate, floors, pick_samples, plot_samples, sample_sheet,
-                                     talk_samples)
-from ..model import (ABLATIONS, EYES, LANGUAGES, MODEL_PRESETS, PAPER_PRESETS, VLMamba, find_tokenizer, memory_estimate,
-                                memory_table, parameter_table, preset_config, published_sources, whole_part)
-from ..training import (TRAINING_PRESETS, Lessons, leave_processes, main_process, plot_curves, process_device,
-                                   read_metrics, stage_batches, total_steps, train, validation_loss, write_result,
-                                   write_run_config)
+from ..data.checks import open_data
+from ..data.conversations import build_tokenizer, byte_tokenizer
+from ..data.easy_vqa import VQABatches, build_set, load_easy_vqa
+from ..evaluation.answers import (accuracy_by_type, answer_all, baselines, evaluate, pick_samples, plot_samples,
+                                             sample_sheet, conversation_samples)
+from ..model.memory import memory_estimate, memory_table, parameter_table, whole_part
+from ..model.presets import (ABLATIONS, LANGUAGE_MODELS, MODEL_PRESETS, PAPER_PRESETS, VISION_ENCODERS,
+                                        preset_config, published_sources)
+from ..model.saving import find_tokenizer
+from ..model.vlmamba import VLMamba
+from ..training.distributed import leave_processes, main_process, process_device
+from ..training.loop import train, validation_loss
+from ..training.recipes import stage_batches, total_steps
+from ..training.results import plot_curves, read_metrics, write_result, write_run_config
 
 # %% ../../nbs/cli/runs.ipynb #a684e7f2
 def prepare(preset, seed, device="cpu", **parts):
@@ -67,8 +73,9 @@ def make_plan(settings, stages):
     device = process_device(pick_device(settings.device))
     if settings.on_easy_vqa():
         model, data = prepare(settings.preset, settings.seed, device, **settings.changed_parts())
-        config = replace(TRAINING_PRESETS[settings.preset], **settings.easy_vqa.model_dump(exclude_none=True))
-        sources = {stage.name: Lessons(data["train"], config) for stage in stages}
+        options = settings.easy_vqa.model_dump(exclude_none=True)
+        sources = {stage.name: VQABatches(data["train"], stage.steps, stage.batch_size, settings.seed, **options)
+                   for stage in stages}
         measure = partial(evaluate, data=data["validation"])
         return Plan(settings, stages, model, sources, measure, partial(finish_easy, data=data))
     if settings.data is None:
@@ -102,7 +109,7 @@ def published_sizes(settings):
     if isinstance(settings.weights, dict):
         return "these are the preset's; the parts in the folders may be of another size"
     names = [parts.get(name) for name in ("vision", "language")]
-    known = [name for name in names if isinstance(name, str) and name in EYES | LANGUAGES]
+    known = [name for name in names if isinstance(name, str) and name in VISION_ENCODERS | LANGUAGE_MODELS]
     sizes = [f"{name} {whole_part(name) / 1e6:,.1f}" for name in known]
     return f"whole parts as published: {', '.join(sizes)}" if sizes else ""
 
@@ -195,12 +202,12 @@ def run_plan(plan, folder, resume=False, console=None, quiet=False):
 
 
 def finish_easy(plan, folder, data):
-    "Reads the test set of easy-VQA: accuracies and floors for the result, and samples.png."
+    "Reads the test set of easy-VQA: accuracies and baselines for the result, and samples.png."
     answers = answer_all(plan.model, data["test"])
     scores = accuracy_by_type(answers, data["test"])
     plot_samples(answers, data["test"], pick_samples(answers, data["test"]), folder / "samples.png")
     return dict(test_accuracy=scores["all"], accuracy_by_type=scores, test_questions=len(answers),
-                floors=floors(data["train"], data["test"]))
+                baselines=baselines(data["train"], data["test"]))
 
 
 def finish_conversations(plan, folder, held):
@@ -208,7 +215,7 @@ def finish_conversations(plan, folder, held):
     sharded = plan.settings.parallel == "fsdp"                           # then no process has the whole model
     model = VLMamba.from_pretrained(folder, plan.model.device) if sharded else plan.model.eval()
     conversations = (data[i] for data in held for i in range(len(data)))
-    if samples := talk_samples(model, conversations, template=plan.stages[-1].template):
+    if samples := conversation_samples(model, conversations, template=plan.stages[-1].template):
         sample_sheet(samples, folder / "samples.png")
     return {}
 

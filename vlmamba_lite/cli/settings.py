@@ -15,8 +15,9 @@ from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, create_model
-from ..model import MODEL_PRESETS, check_weights, preset_config, published_sources
-from ..training import change_stages, has_checkpoint, pick_recipe
+from ..model.presets import MODEL_PRESETS, check_weights, preset_config, published_sources
+from ..training.checkpoints import has_checkpoint
+from ..training.recipes import change_stages, pick_recipe
 
 # %% ../../nbs/cli/settings.ipynb #08ac7715
 class Parts(BaseModel, extra="forbid"):

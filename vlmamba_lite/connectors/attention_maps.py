@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from .msc import MVSS
 from .vss import unscan, vss_inputs
-from ..scan_reference import prepare_scan
-from ..ssd import decay_matrix, per_head, split_sum
+from ..ops.reference import prepare_scan
+from ..ops.ssd import decay_matrix, per_head, split_sum
 
 # %% ../../nbs/connectors/attention_maps.ipynb #a2764be2
 @torch.enable_grad()

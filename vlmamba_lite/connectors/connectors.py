@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .vss import SCANS, VSS, check_tokens, choose
-from ..mamba import Mamba
+from ..layers.mamba import Mamba
 
 # %% ../../nbs/connectors/11_connectors.ipynb #2e8d509f
 ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}

@@ -15,10 +15,10 @@ from torch import nn
 
 from .connectors import ACTIVATIONS, CONNECTORS, NORMS
 from .vss import SCANS, check_tokens, choose, scan_order, unscan
-from ..mamba import causal_conv1d, init_dt_bias, no_weight_decay
-from ..mamba2 import GatedRMSNorm, split_sizes
-from ..scan_reference import scan_dtype
-from ..ssd import prepare_dt, ssd
+from ..layers.mamba import causal_conv1d, init_dt_bias, no_weight_decay
+from ..layers.mamba2 import GatedRMSNorm, split_sizes
+from ..ops.reference import scan_dtype
+from ..ops.ssd import prepare_dt, ssd
 
 # %% ../../nbs/connectors/12_msc.ipynb #61dd1fa7
 def along_paths(x, order):

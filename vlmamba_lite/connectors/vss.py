@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..mamba import Mamba, causal_conv1d
-from ..scan import _automatic, _find, selective_scan
-from ..scan_reference import scan_dtype
+from ..layers.mamba import Mamba, causal_conv1d
+from ..ops.selective_scan import resolve, selective_scan
+from ..ops.reference import scan_dtype
 
 # %% ../../nbs/connectors/10_vss.ipynb #d58172f9
 PATHS = {"rows": lambda grid: grid.flatten(),            # name -> function: patch numbers (height, width) -> path (L,)
@@ -116,9 +116,9 @@ def vss_fast(mixers, x, order):
     K, S, first = len(order), len(mixers), mixers[0]
     backend = first.backend
     if backend == "auto":
-        backend = _automatic(inputs["u"], inputs["A"])
-    if backend == "triton" and _find(backend) is not None:                   # raises where the kernel cannot run
-        from vlmamba_lite.scan_triton import selective_scan_triton           # here, as Triton need not be installed
+        backend = resolve("auto", inputs["u"], inputs["A"])
+    if backend == "triton" and resolve(backend, inputs["u"], inputs["A"]):     # raises where the kernel cannot run
+        from vlmamba_lite.ops.triton import selective_scan_triton
         y = selective_scan_triton(**inputs, order=order, along_paths=True).mT.unflatten(2, (K, -1))
     else:
         y = selective_scan(**inputs, backend=backend).mT.unflatten(2, (K, -1))       # (b, L, K, D), along the paths

@@ -249,51 +249,6 @@ class Preparer:
             images = augment_pictures(images, turns, rng)
         return [replace(row, images=images) for row in rows]
 
-# %% ../../nbs/data/14_batches.ipynb #022c19a4
-#| code-fold: true
-def load_picture(image, sample):
-    "A picture of a `Conversation` -> an upright PIL picture. `SampleError` of kind 'image' where it cannot be read."
-    try:
-        if isinstance(image, dict):
-            return read_picture(io.BytesIO(image["bytes"]), "in the record")
-        return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else open_image(image)
-    except (ValueError, OSError) as error:
-        raise sample_error(sample, "image", str(error)) from None
-
-
-def open_pictures(conversation, process):
-    "The pictures of a conversation as process() makes them, (k, 3, h, w), or an empty tensor. Raises a `SampleError`."
-    pictures = [load_picture(image, conversation.name) for image in conversation.images]
-    try:
-        return process(pictures) if pictures else torch.empty(0, dtype=torch.uint8)
-    except ValueError as error:
-        raise sample_error(conversation.name, "image", str(error)) from None
-
-
-@dataclass
-class Preparer:
-    "A conversation and its position -> its `Row`s with pictures as a tensor (k, 3, h, w). Raises a `SampleError`."
-    tokenizer: object
-    template: object = "zephyr"
-    max_length: int | None = None
-    process: object = partial(process_images, size=64)     # PIL pictures -> (k, 3, h, w)
-    questions: int | None = None                           # at most so many turns, drawn anew each time
-    augmented: bool = False                                # pictures changed as far as the turns allow
-    seed: int = 0
-
-    def __post_init__(self):
-        self.codec = Codec(self.tokenizer)
-
-    def __call__(self, conversation, n):
-        rng, turns = np.random.default_rng((self.seed, n, 2)), conversation.turns
-        if self.questions is not None and len(turns) > self.questions:
-            turns = [turns[i] for i in rng.permutation(len(turns))[:self.questions]]
-        rows = encode_conversation(replace(conversation, turns=turns), self.codec, self.template, self.max_length)
-        images = open_pictures(conversation, self.process)
-        if self.augmented and len(images):
-            images = augment_pictures(images, turns, rng)
-        return [replace(row, images=images) for row in rows]
-
 # %% ../../nbs/data/14_batches.ipynb #801449a5
 @dataclass
 class Batches:

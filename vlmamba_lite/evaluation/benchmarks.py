@@ -25,9 +25,9 @@ from PIL import Image
 from ..data.batches import Batch
 from .cost import (compared, fit_power, peak_bytes, read_in_pieces, side_by_side, state_bytes,
                                           training_step)
-from ..language_model import MambaConfig, MambaLM
-from ..mamba import Mamba, causal_conv1d, conv_backends
-from ..mamba2 import Mamba2
+from ..language.model import MambaConfig, MambaLM
+from ..layers.mamba import Mamba, causal_conv1d, conv_backends
+from ..layers.mamba2 import Mamba2
 from ..model.memory import count_parameters
 from ..model.presets import MODEL_PRESETS
 from ..model.vlmamba import VLMamba
@@ -37,7 +37,7 @@ from ..training.distributed import Processes
 from ..training.loop import Learner, train_step
 from ..training.optimizers import build_optimizers
 from ..training.recipes import RECIPES, freeze, set_modes
-from ..vss import VSS
+from ..connectors.vss import VSS
 
 # %% ../../nbs/evaluation/benchmarks.ipynb #80e4fb5a
 def peer(module, name, package):

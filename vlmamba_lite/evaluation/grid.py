@@ -38,7 +38,7 @@ from ..model.vlmamba import VLMamba
 from ..training.loop import train
 from ..training.recipes import Stage
 from ..training.results import differences, write_result
-from ..vss import VSS
+from ..connectors.vss import VSS
 
 # %% ../../nbs/evaluation/grid.ipynb #64150d9d
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import triton
 from ..ops.chunked import selective_scan_chunked
 from ..ops.triton import (INTERPRETED, least_seconds, scan_backward, scan_forward, scan_simple,
                                      selective_scan_triton)
-from ..vss import scan_order
+from ..connectors.vss import scan_order
 
 # %% ../../nbs/evaluation/kernels.ipynb #7e799ae8
 STRIDED = "u delta z y gy gu gdelta gz".split()                     # (pointer, four strides)

@@ -15,8 +15,8 @@ import torch
 
 from ..files import file_finder, load_weights, naming, read_json, save_together
 from ..files import tensors_in, weight_files, weight_paths, write_json
-from ..mamba import Mamba
-from ..mamba2 import Mamba2
+from ..layers.mamba import Mamba
+from ..layers.mamba2 import Mamba2
 
 # %% ../../nbs/language/checkpoints.ipynb #82297107
 def our_name(name):

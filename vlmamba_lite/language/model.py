@@ -5,14 +5,11 @@
 # %% auto #0
 __all__ = ['MIXERS', 'MambaConfig', 'add_float32', 'read_stream', 'SwiGLU', 'Block', 'Backbone', 'real_labels', 'next_token_loss',
            'LMOutput', 'MambaLM', 'check_ids', 'check_inputs', 'check_state', 'check_prompt', 'last_token',
-           'repeat_state', 'clone_state', 'write_atomically', 'naming', 'save_state', 'load_state']
+           'repeat_state', 'clone_state', 'save_state', 'load_state']
 
 # %% ../../nbs/language/07_model.ipynb #0de8ee9a
 import math
-import os
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..files import naming, write_atomically
+from .checkpoints import load_pretrained, save_pretrained
 from .sampling import GraphedStep, Stop, check_sampling, choose_token, penalise, seen_tokens
 from ..layers.attention import Attention
 from ..layers.mamba import Mamba, check_mask
@@ -244,6 +243,7 @@ class MambaLM(nn.Module):
 
         @torch.no_grad()
         def tokens(state):                               # the errors above come at once, not with the first token
+            step = token = done = None
             seen = None if repetition_penalty == 1 else seen_tokens(input_ids, mask, self.config.vocab_size)
             for t in range(max_new_tokens):
                 if t == 0:
@@ -278,14 +278,12 @@ class MambaLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, **options):
-        "A published model, from a folder or the Hub: arguments and errors of `checkpoints.from_pretrained`."
-        from vlmamba_lite import checkpoints
-        return checkpoints.from_pretrained(name, model_class=cls, **options)
+        "A published model, from a folder or the Hub: arguments and errors of `checkpoints.load_pretrained`."
+        return load_pretrained(name, cls, MambaConfig, **options)
 
     def save_pretrained(self, folder, **options):
         "Writes the files that transformers loads: arguments and errors of `checkpoints.save_pretrained`."
-        from vlmamba_lite import checkpoints
-        checkpoints.save_pretrained(self, folder, **options)
+        save_pretrained(self, folder, **options)
 
 # %% ../../nbs/language/07_model.ipynb #c3f462e5
 #| code-fold: true
@@ -355,35 +353,6 @@ def repeat_state(state, times):
 def clone_state(state):
     "A copy that shares no memory with `state` and no gradient."
     return [type(s)(*(part.detach().clone() for part in s)) for s in state]
-
-# %% ../../nbs/language/07_model.ipynb #682c9e9a
-#| code-fold: true
-# To be removed: both come from vlmamba_lite.files
-def write_atomically(path, write):
-    "Calls `write(temporary_path)`, then renames that file to `path`: there is the old file or the whole new one."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.touch()
-        mode = part.stat().st_mode                       # safetensors makes its own file, readable by its owner alone
-        write(part)
-        part.chmod(mode)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def naming(path):
-    "Whatever goes wrong with the content of `path` becomes one ValueError, in one line, that names the file."
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:                           # json, safetensors and torch each raise their own kind
-        text = " ".join(str(error).split())
-        raise ValueError(text if str(path) in text else f"{path}: {text[:300]}") from error
 
 # %% ../../nbs/language/07_model.ipynb #000f96ba
 #| code-fold: true

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scan import selective_scan, without_cuda_package
-from ..scan_parallel import once
-from ..scan_reference import scan_dtype, scan_step
+from ..ops.selective_scan import selective_scan, without_cuda_package
+from ..ops.chunked import once
+from ..ops.reference import scan_dtype, scan_step
 
 # %% ../../nbs/layers/05_mamba.ipynb #256f35dc
 class ShiftedSums(torch.autograd.Function):

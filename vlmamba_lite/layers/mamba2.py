@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .mamba import (causal_conv1d, check_block_inputs, conv_step, init_dt_bias, next_window, no_weight_decay,
                                        pack_tokens, unpack_tokens)
-from ..scan_reference import scan_dtype
-from ..ssd import per_head, prepare_dt, ssd
+from ..ops.reference import scan_dtype
+from ..ops.ssd import per_head, prepare_dt, ssd
 
 # %% ../../nbs/layers/06_mamba2.ipynb #e3d558be
 class GatedRMSNorm(nn.Module):

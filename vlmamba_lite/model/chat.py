@@ -8,7 +8,7 @@ __all__ = ['PromptFormat', 'check_state', 'Chat']
 # %% ../../nbs/model/chat.ipynb #4a336e19
 import torch
 
-from ..data import EOS, Codec, ask_ids, encode_prompt, pick_template
+from ..data.conversations import EOS, Codec, ask_ids, encode_prompt, pick_template
 
 # %% ../../nbs/model/chat.ipynb #10a214f2
 class PromptFormat:

@@ -21,11 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..connector import choose
-from ..language_model import MambaLM
+from ..connectors.vss import choose
+from ..language.model import MambaLM
 from .presets import LANGUAGE_MODELS, VISION_ENCODERS, VLMambaConfig, language_config
 from .vlmamba import VLMamba
-from ..vision import new_tower
+from ..vision.towers import new_tower
 
 # %% ../../nbs/model/memory.ipynb #b6ab1910
 def _as_text(config):

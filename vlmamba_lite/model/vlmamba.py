@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..data import normalize, process_images, to_rgb
-from ..language_model import LMOutput, MambaLM, next_token_loss
+from ..data.pictures import normalize, process_images, to_rgb
+from ..language.model import LMOutput, MambaLM, next_token_loss
 from .chat import Chat, PromptFormat, check_state
 from .presets import CONNECTORS, DINOV2, VLMambaConfig, check_connector
 from .presets import check_weights, preset_config, published_sources
 from .saving import check_source, find_tokenizer, load_connector, load_model, push_model, save_model
-from ..vision import build_encoder, encoder_spec, half_range, load_encoder
+from ..vision.towers import build_encoder, encoder_spec, half_range, load_encoder
 
 # %% ../../nbs/model/15_vlmamba.ipynb #92a3679d
 def select_state(state, rows):

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..data import collate_packed
-from ..language_model import real_labels
+from ..data.batches import collate_packed
+from ..language.model import real_labels
 from .checkpoints import has_checkpoint
 from .distributed import Processes, main_process
 from .recipes import count_steps, learning_rate, set_modes

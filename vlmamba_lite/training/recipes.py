@@ -14,7 +14,9 @@ from functools import partial
 
 import torch
 
-from ..data import EOS, Batches, Mixture, Preparer, collate_by_image, process_images, to_rgb
+from ..data.batches import Batches, Mixture, Preparer, collate_by_image
+from ..data.conversations import EOS
+from ..data.pictures import process_images, to_rgb
 
 # %% ../../nbs/training/16_recipes.ipynb #facd6b44
 PARTS = ("vision", "connector", "language")

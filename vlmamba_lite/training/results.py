@@ -25,7 +25,7 @@ from statistics import median
 import torch
 
 from .. import __version__
-from ..data import VQABatches
+from ..data.easy_vqa import VQABatches
 from ..files import write_atomically, write_json
 
 # %% ../../nbs/training/results.ipynb #37897170

@@ -1,4 +1,0 @@
-"The old place of the modules `encoders`, `images` and `towers`."
-from .encoders import *
-from .images import *
-from .towers import *

@@ -1,3 +1,0 @@
-from .ops.chunked import *
-from .ops.cpp import *
-from .ops.parallel import *

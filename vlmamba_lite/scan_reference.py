@@ -1,1 +1,0 @@
-from .ops.reference import *

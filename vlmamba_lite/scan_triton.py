@@ -1,2 +1,0 @@
-from .evaluation.kernels import *
-from .ops.triton import *

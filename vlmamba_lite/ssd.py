@@ -1,2 +1,0 @@
-from .ops.ssd import *
-from .ops.ssd import _SSD_BACKENDS, _ssd_mamba_ssm
