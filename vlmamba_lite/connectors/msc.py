@@ -25,7 +25,7 @@ def along_paths(x, order):
     "The token that each of K scans reads at each step. x (b, L, C), order (K, L) -> (b, L, K, C)."
     return x.index_select(1, order.mT.flatten()).unflatten(1, order.mT.shape)
 
-# %% ../../nbs/connectors/12_msc.ipynb #8d3e477e
+# %% ../../nbs/connectors/12_msc.ipynb #edd7941c
 class MVSS(nn.Module):
     """ML-Mamba's 2-D scan on Mamba-2 (arXiv 2407.19832, Figure 4), without the norm and the residual around it.
 
@@ -72,7 +72,7 @@ class MVSS(nn.Module):
         return z, {"x": u, "dt": dt, "A": A, "B": B, "C": C, "D": D}
 
     def scans(self, x, size):
-        "x (b, L, dim), size (height, width) -> the scans (b, K, L, d_inner) in the picture's order, gate (b, L, d_inner)."
+        "x (b, L, dim), size (height, width) -> the scans (b, K, L, d_inner) in its order, gate (b, L, d_inner)."
         order = self.order(x, size)
         z, inputs = self.inputs(x, order)
         y = ssd(**inputs, chunk_size=self.chunk_size, backend=self.backend)              # (b, L, K * H, P)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-# %% ../../nbs/vision/images.ipynb #e026722b
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))                                # mean and standard deviation: [0, 1] to [-1, 1]
+# %% ../../nbs/vision/images.ipynb #af534edc
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))            # mean and standard deviation: [0, 1] to [-1, 1]
 CLIP_COLOURS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET_COLOURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}     # Pillow's numbers, also in the settings files
@@ -37,13 +37,13 @@ def as_picture(image):
         raise ValueError(f"images: got a picture of {image.width}x{image.height} pixels, need at least 1x1")
     return image.convert("RGB")
 
-# %% ../../nbs/vision/images.ipynb #1c148771
+# %% ../../nbs/vision/images.ipynb #e05ab3c9
 @dataclass(frozen=True)
 class Preprocess:
     """Pictures -> what an encoder reads, as the image processors of `transformers` do it: pad, resize, crop, normalise.
 
-    `Preprocess(...)(images)`: one or a list of Pillow pictures, arrays (H, W, 3) or tensors (3, H, W) of bytes -> float32
-    (n, 3, height, width). Raises `ValueError` for other input and for pictures that end up with different sizes."""
+    `Preprocess(...)(images)`: one or a list of Pillow pictures, arrays (H, W, 3) or tensors (3, H, W) of bytes ->
+    float32 (n, 3, height, width). Raises `ValueError` for other input and for pictures that end up with different sizes."""
     size: int | tuple                  # shorter edge, or (height, width)
     crop: tuple | None = None          # (height, width) cut out of the centre; black where the picture is smaller
     mean: tuple = HALF[0]
@@ -115,9 +115,9 @@ class Preprocess:
         top, left = (image.height - height) // 2, (image.width - width) // 2
         return image.crop((left, top, left + width, top + height))       # Pillow gives black outside of the picture
 
-# %% ../../nbs/vision/images.ipynb #0360402b
+# %% ../../nbs/vision/images.ipynb #d94791de
 def preprocess_from_config(settings):
-    "A `Preprocess` from a preprocessor_config.json of SigLIP, CLIP, DINOv2 or LLaVA; `ValueError` for settings it lacks."
+    "A `Preprocess` from a preprocessor_config.json of SigLIP, CLIP, DINOv2 or LLaVA; refuses settings it lacks."
     def edges(value):                                                    # a dict of edges, or a number
         if isinstance(value, dict) and set(value) == {"height", "width"}:
             return value["height"], value["width"]

@@ -19,13 +19,14 @@ from torch import nn
 from .encoders import ConvEncoder, ViT, check_pictures
 from .images import CLIP_COLOURS, HALF, IMAGENET_COLOURS, Preprocess, load_preprocess
 
-# %% ../../nbs/vision/towers.ipynb #f06a3531
+# %% ../../nbs/vision/towers.ipynb #a370a2a1
 _LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
 _TINY = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, patch_size=8, image_size=32)
 
 TOWER_SHAPES = {
     "google/siglip-so400m-patch14-384": dict(model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304,
-                                             num_hidden_layers=27, num_attention_heads=16, patch_size=14, image_size=384),
+                                             num_hidden_layers=27, num_attention_heads=16, patch_size=14,
+                                             image_size=384),
     "openai/clip-vit-large-patch14-336": dict(model_type="clip_vision_model", intermediate_size=4096,
                                               image_size=336, **_LARGE),
     "facebook/dinov2-large": dict(model_type="dinov2", image_size=518, **_LARGE),
@@ -257,7 +258,7 @@ def half_range(encoder):
     preprocess = getattr(encoder, "preprocess", None)
     return encoder if preprocess is None or (preprocess.mean, preprocess.std) == HALF else FusedEncoder([encoder])
 
-# %% ../../nbs/vision/towers.ipynb #0d823091
+# %% ../../nbs/vision/towers.ipynb #ab607ede
 ENCODERS = {"conv": ConvEncoder, "vit": ViT, "siglip": SigLIP, "clip": CLIP, "dinov2": DINOv2, "fused": FusedEncoder}
 
 
@@ -285,7 +286,7 @@ def encoder_spec(encoder):
 
 
 def load_encoder(source, **options):
-    """The pretrained encoder in a folder, on the Hub or of a `timm` name; several, joined by '+', as one `FusedEncoder`.
+    """The pretrained encoder in a folder, on the Hub or of a `timm` name; several, joined by '+', are fused.
 
     options: those of `from_pretrained`, for each of them. Raises `ValueError` for any other model."""
     if "+" in str(source) and not Path(source).exists():
@@ -297,7 +298,7 @@ def load_encoder(source, **options):
             return family.from_pretrained(name, **options)
     raise ValueError(f"{source}: got a model of type {model_type!r}, need one of {sorted(MODEL_TYPES)}")
 
-# %% ../../nbs/vision/towers.ipynb #6f427b49
+# %% ../../nbs/vision/towers.ipynb #4c0cdf2c
 @torch.no_grad()
 def attention_map(encoder, images, patch=None, layer=-1):
     """The attention in one layer of a `ViT` or a `Tower`: weights (b, heads, height, width).
@@ -325,7 +326,7 @@ def attention_map(encoder, images, patch=None, layer=-1):
 
 
 def feature_map(tokens, grid):
-    "Tokens (height × width, dim) of one picture -> (height, width, 3): three principal components, stretched to [0, 1]."
+    "Tokens (height × width, dim) of one picture -> (height, width, 3): its principal components in [0, 1]."
     x = tokens.detach().float() - tokens.detach().float().mean(0)
     parts = torch.linalg.svd(x, full_matrices=False)[2][:3]              # (3, dim)
     parts = parts * parts.gather(1, parts.abs().argmax(1, keepdim=True)).sign()      # the largest entry is positive
