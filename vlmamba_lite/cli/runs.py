@@ -63,7 +63,7 @@ class TrainingPlan:
 
 
 def make_plan(settings, stages):
-    "The `TrainingPlan` of resolved settings. Raises ValueError or FileNotFoundError for what is missing or does not fit."
+    "The `TrainingPlan` of resolved settings. ValueError or FileNotFoundError for what is missing or does not fit."
     device = process_device(pick_device(settings.device))
     if settings.on_easy_vqa():
         model, data = prepare(settings.preset, settings.seed, device, **settings.changed_parts())
