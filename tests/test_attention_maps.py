@@ -23,8 +23,8 @@ from vlmamba_lite.connectors.attention_maps import (
 from vlmamba_lite.connectors.connectors import VSSL2Connector, VSSMLPConnector
 from vlmamba_lite.connectors.msc import MVSS, MambaScanConnector
 from vlmamba_lite.connectors.vss import VSS, scan_order
-from vlmamba_lite.scan import selective_scan
-from vlmamba_lite.ssd import ssd_recurrent
+from vlmamba_lite.ops.selective_scan import selective_scan
+from vlmamba_lite.ops.ssd import ssd_recurrent
 
 few = settings(deadline=None, max_examples=25, derandomize=True, database=None)
 SMALL = {"d_state": 3, "headdim": 4, "expand": 1}

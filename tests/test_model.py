@@ -26,7 +26,8 @@ from vlmamba_lite.data.conversations import (EOS, Conversation, ask_ids, byte_to
 from vlmamba_lite.data.pictures import normalize, process_images
 from vlmamba_lite.files import SWITCH, load_weights, save_together, saved_files, tensors_in, write_atomically
 from vlmamba_lite.language.model import MambaConfig, load_state, next_token_loss, save_state
-from vlmamba_lite.model.presets import CONNECTORS, MODEL_PRESETS, VLMambaConfig, lite_config, tiny_config
+from vlmamba_lite.connectors.connectors import CONNECTORS
+from vlmamba_lite.model.presets import MODEL_PRESETS, VLMambaConfig, lite_config, tiny_config
 from vlmamba_lite.model.saving import load_connector, model_card, model_files, read_config
 from vlmamba_lite.model.vlmamba import VLMamba, picture_tokens
 from vlmamba_lite.connectors.msc import MambaScanConnector

@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +63,9 @@ def ask_command(model: ModelFolder, picture: argument(Path, "a picture file, any
                 as_json: option(bool, "print one JSON object", None, "--json") = False, device: Device = "cpu"):
     "Asks a trained model about a picture."
     with clean_errors():
-        from vlmamba_lite.cli.chat import VLMamba, open_image, pick_device
+        from vlmamba_lite.cli.chat import pick_device
+        from vlmamba_lite.data.pictures import open_image
+        from vlmamba_lite.model.vlmamba import VLMamba
         image = open_image(picture)                                      # before the model is loaded: quick to fail
         answer = VLMamba.from_pretrained(model, pick_device(device)).ask(image, question)
     said = {"question": question, "answer": answer, "picture": str(picture), "model": str(model)}
@@ -189,14 +192,14 @@ def resume_line(settings, folder):
 
 def print_result(folder, result):
     "The end of a run: scores beside baselines and what others have published, times, and what to type next."
-    from vlmamba_lite.evaluation import PUBLISHED
+    from vlmamba_lite.evaluation.answers import PUBLISHED
     ask = f"vlmamba chat {shlex.quote(str(folder))} picture.png"
     if "accuracy_by_type" in result:
         ask = f'vlmamba ask {shlex.quote(str(folder))} picture.png "what color is the shape?"'
         table = Table("exact match on the test questions", "%")
         for name, score in result["accuracy_by_type"].items():
             table.add_row(f"this model, {name}", f"{100 * score:.2f}")
-        for name, score in result["floors"].items():
+        for name, score in result["baselines"].items():
             table.add_row(f"baseline: {name}", f"{100 * score:.2f}")
         for name, (score, _) in PUBLISHED.items():
             table.add_row(f"published: {name}", f"{100 * score:.2f}")
@@ -240,7 +243,7 @@ def train_command(
         from vlmamba_lite.cli.settings import parse_change, read_settings, resolve_settings, run_folder
         file = [read_settings(config)] if config is not None else []
         settings, stages = resolve_settings(*file, option_settings(ctx.params), *map(parse_change, changes or []))
-        from vlmamba_lite.training import main_process
+        from vlmamba_lite.training.distributed import main_process
         if dry_run:
             text = runs.dry_run(settings, stages, processes or launched)
             print(text, end="") if main_process() else None
@@ -275,15 +278,15 @@ def eval_command(
     "Measures a trained model on a benchmark: predictions, scores and intervals. Exit code 130 after Ctrl-C."
     try:
         with clean_errors():
-            from vlmamba_lite.cli.chat import VLMamba, pick_device
-            from vlmamba_lite.evaluation import (answers_of, decode_answer, decode_plain, evaluate_benchmark,
-                                                 read_benchmark)
+            from vlmamba_lite.cli.chat import pick_device
+            from vlmamba_lite.model.vlmamba import VLMamba
+            from vlmamba_lite.evaluation.answers import answer
+            from vlmamba_lite.evaluation.metrics import evaluate_benchmark, read_benchmark
             folder = output or model / "eval" / benchmark
             samples, device = read_benchmark(benchmark, data)[:limit], pick_device(device)
-            decode = decode_plain
-            if benchmark == "easy_vqa":                                  # an answer must end, as in `vlmamba train`
-                tokens, decode = 3, decode_answer
-            answers = answers_of(VLMamba.from_pretrained(model, device), tokens, decode)
+            exact = benchmark == "easy_vqa"                              # an answer must end, as in `vlmamba train`
+            answers = partial(answer, VLMamba.from_pretrained(model, device), batch_size=batch_size,
+                              max_new_tokens=3 if exact else tokens, exact=exact)
             settings = dict(model=str(model), data=data and str(data), max_new_tokens=tokens, limit=limit)
             with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as bar:
                 task = bar.add_task(benchmark, total=len(samples))
@@ -319,7 +322,7 @@ def ablate_command(
         console.print(f"{result['task']}, {result['row']}, seed {result['seed']}{score}", soft_wrap=True, markup=False)
     try:
         with clean_errors():
-            from vlmamba_lite.ablation import cost_table, run_grid
+            from vlmamba_lite.evaluation.grid import cost_table, run_grid
             results = run_grid(row or None, task or None, seeds, output, minutes, dry_run, threads, device, print_row)
             text = cost_table(results) if dry_run else f"{len(results)} results are in {output}"
     except KeyboardInterrupt:
@@ -348,7 +351,7 @@ def check_command(
 
     Exit code 1 where it has errors."""
     with clean_errors():
-        from vlmamba_lite.data import check_data, open_data, open_tokenizer, report_table
+        from vlmamba_lite.data.checks import check_data, open_data, open_tokenizer, report_table
         opened = None if tokenizer is None else open_tokenizer(tokenizer)
         report = check_data(open_data(path, root), opened, template, max_length, limit)
     print(json.dumps(report) if as_json else report_table(report))

@@ -38,7 +38,8 @@ def registries():
     "The names that help texts list, by the name of the list."
     from vlmamba_lite.data.conversations import TEMPLATES
     from vlmamba_lite.evaluation.metrics import BENCHMARKS
-    from vlmamba_lite.model.presets import CONNECTORS, VISION_ENCODERS, LANGUAGE_MODELS, MODEL_PRESETS, PAPER_PRESETS
+    from vlmamba_lite.connectors.connectors import CONNECTORS
+    from vlmamba_lite.model.presets import VISION_ENCODERS, LANGUAGE_MODELS, MODEL_PRESETS, PAPER_PRESETS
     from vlmamba_lite.training.recipes import RECIPES
     from vlmamba_lite.training.results import TRACKERS
     from vlmamba_lite.connectors.vss import SCANS

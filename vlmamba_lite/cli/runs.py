@@ -17,14 +17,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from .chat import pick_device
-from .settings import Settings, as_yaml, resolve, run_folder
+from .settings import Settings, as_yaml, resolve_settings, run_folder
 from ..data.checks import open_data
 from ..data.conversations import build_tokenizer, byte_tokenizer
 from ..data.easy_vqa import VQABatches, build_set, load_easy_vqa
-from ..evaluation.answers import (accuracy_by_type, answer_all, baselines, evaluate, pick_samples, plot_samples,
-                                             sample_sheet, conversation_samples)
+from ..evaluation.answers import (accuracy_by_type, answer_all, evaluate, baselines, pick_samples,
+                                             plot_samples, sample_sheet, conversation_samples)
 from ..model.memory import memory_estimate, memory_table, parameter_table, whole_part
-from ..model.presets import (ABLATIONS, LANGUAGE_MODELS, MODEL_PRESETS, PAPER_PRESETS, VISION_ENCODERS,
+from ..model.presets import (ABLATIONS, VISION_ENCODERS, LANGUAGE_MODELS, MODEL_PRESETS, PAPER_PRESETS,
                                         preset_config, published_sources)
 from ..model.saving import find_tokenizer
 from ..model.vlmamba import VLMamba

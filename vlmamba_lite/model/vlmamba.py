@@ -13,7 +13,8 @@ from torch import nn
 from ..data.pictures import normalize, process_images, to_rgb
 from ..language.model import LMOutput, MambaLM, next_token_loss
 from .chat import Chat, PromptFormat, check_state
-from .presets import CONNECTORS, DINOV2, VLMambaConfig, check_connector
+from ..connectors.connectors import CONNECTORS
+from .presets import DINOV2, VLMambaConfig, check_connector
 from .presets import check_weights, preset_config, published_sources
 from .saving import check_source, find_tokenizer, load_connector, load_model, push_model, save_model
 from ..vision.towers import build_encoder, encoder_spec, half_range, load_encoder
