@@ -19,9 +19,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
 
-from vlmamba_lite import data as D
+from vlmamba_lite.data.batches import collate, collate_by_image, collate_packed
 from vlmamba_lite.connectors.attention_maps import connector_maps, plot_connector_maps
-from vlmamba_lite.data.conversations import (EOS, Conversation, ask_ids, byte_tokenizer, encode_conversation,
+from vlmamba_lite.data.conversations import (EOS, Row, Conversation, ask_ids, byte_tokenizer, encode_conversation,
                                              encode_prompt)
 from vlmamba_lite.data.pictures import normalize, process_images
 from vlmamba_lite.files import SWITCH, load_weights, save_together, saved_files, tensors_in, write_atomically
@@ -151,9 +151,9 @@ def test_loss_by_hand(make_model, small):
 
 # Batches of any layout: several pictures a text, none, or texts that share a line
 
-LAYOUTS = {"plain": D.collate, "by image": D.collate_by_image, "packed": D.collate_packed,
-           "packed wide": lambda rows, pad: D.collate_packed(rows, pad, 4 * max(len(row.input_ids) for row in rows)),
-           "one line": lambda rows, pad: D.collate_packed(rows, pad, sum(len(row.input_ids) for row in rows))}
+LAYOUTS = {"plain": collate, "by image": collate_by_image, "packed": collate_packed,
+           "packed wide": lambda rows, pad: collate_packed(rows, pad, 4 * max(len(row.input_ids) for row in rows)),
+           "one line": lambda rows, pad: collate_packed(rows, pad, sum(len(row.input_ids) for row in rows))}
 
 
 def random_rows(count, seed, pictures=True):
@@ -165,7 +165,7 @@ def random_rows(count, seed, pictures=True):
         ids = rng.integers(0, 30, rng.integers(4, 13)).tolist()
         labels = [-100] + [token if rng.random() < 0.7 else -100 for token in ids[1:-1]] + ids[-1:]
         chosen = rng.choice(3, rng.integers(0, 3), replace=False) if pictures else []
-        rows.append(D.Row(f"text {n}", pool[list(chosen)], ids, labels))
+        rows.append(Row(f"text {n}", pool[list(chosen)], ids, labels))
     return rows
 
 
@@ -201,7 +201,7 @@ def test_every_layout_gives_the_loss_and_the_gradients_of_one_text_at_a_time(mak
 
 def test_packed_texts_do_not_go_on_from_their_neighbours(make_model):
     model = make_model(n_layer=2, embedding_std=0.5).eval()
-    batch = D.collate_packed(random_rows(6, 1, pictures=False), 0, 200)
+    batch = collate_packed(random_rows(6, 1, pictures=False), 0, 200)
     assert len(batch.input_ids) == 1 and len(batch.prefix_of) == 6
     leaking = model.language(batch.input_ids, mask=batch.mask, labels=batch.labels).loss
     assert (leaking - model(batch).loss).abs() > 1e-4

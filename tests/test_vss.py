@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vlmamba_lite import mamba, scan
+import vlmamba_lite.layers.mamba as mamba
+import vlmamba_lite.ops.selective_scan as scan
 from vlmamba_lite.connectors import vss
 from vlmamba_lite.connectors.vss import PATHS, SCANS, VSS, cross_merge, cross_scan, scan_order, unscan, vss_definition
 from vlmamba_lite.layers.mamba import Mamba
