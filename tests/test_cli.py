@@ -807,11 +807,11 @@ def interrupted(speaker, monkeypatch, when):
         signal.raise_signal(signal.SIGINT)
         return hidden(*args, **kwargs)
     chat = speaker.model.chat()
-    def has_read(ids, read=chat.read):
+    def has_read(ids, read=chat._read):
         read(ids)
         signal.raise_signal(signal.SIGINT)
     if when == "has read":
-        monkeypatch.setattr(chat, "read", has_read)
+        monkeypatch.setattr(chat, "_read", has_read)
     else:
         monkeypatch.setattr(language, *(("hidden", reading) if when == "reading" else ("stream", stopped)))
     return chat

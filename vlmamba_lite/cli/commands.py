@@ -11,7 +11,7 @@ __all__ = ['app', 'TRAINING', 'ASKING', 'MEASURING', 'ModelFolder', 'TemplateNam
            'demo_command', 'named_values', 'option_settings', 'resume_line', 'print_result', 'train_command',
            'eval_command', 'ablate_command', 'check_command']
 
-# %% ../../nbs/cli/commands.ipynb #6227c4bb
+# %% ../../nbs/cli/commands.ipynb #2626e110
 import json
 import os
 import re
@@ -180,7 +180,7 @@ def option_settings(given):
         settings["weights"] = sources.get("", sources)
     return settings
 
-# %% ../../nbs/cli/commands.ipynb #0c8de5f4
+# %% ../../nbs/cli/commands.ipynb #7e3ed887
 def resume_line(settings, folder):
     "The command line that goes on with a run."
     words = ["vlmamba", "train", "--config", str(folder / "run_config.json"), "--output", str(folder), "--resume"]
@@ -199,7 +199,7 @@ def print_result(folder, result):
         table = Table("exact match on the test questions", "%")
         for name, score in result["accuracy_by_type"].items():
             table.add_row(f"this model, {name}", f"{100 * score:.2f}")
-        for name, score in result["baselines"].items():
+        for name, score in result["floors"].items():
             table.add_row(f"baseline: {name}", f"{100 * score:.2f}")
         for name, (score, _) in PUBLISHED.items():
             table.add_row(f"published: {name}", f"{100 * score:.2f}")
@@ -262,7 +262,7 @@ def train_command(
     console.print(f"stopped; the last step is saved. Go on with:\n  {again}", soft_wrap=True, markup=False)
     raise typer.Exit(130)
 
-# %% ../../nbs/cli/commands.ipynb #5126d1f7
+# %% ../../nbs/cli/commands.ipynb #645bd08a
 @app.command("eval", cls=ListingCommand, rich_help_panel=MEASURING,
              epilog="Example: vlmamba eval runs/lite-seed0 --benchmark easy_vqa")
 def eval_command(
@@ -284,13 +284,14 @@ def eval_command(
             from vlmamba_lite.evaluation.metrics import evaluate_benchmark, read_benchmark
             folder = output or model / "eval" / benchmark
             samples, device = read_benchmark(benchmark, data)[:limit], pick_device(device)
-            exact = benchmark == "easy_vqa"                              # an answer must end, as in `vlmamba train`
-            answers = partial(answer, VLMamba.from_pretrained(model, device), batch_size=batch_size,
-                              max_new_tokens=3 if exact else tokens, exact=exact)
+            easy = benchmark == "easy_vqa"                               # an answer must end, as in `vlmamba train`
+            tokens = 3 if easy else tokens
+            ask = partial(answer, VLMamba.from_pretrained(model, device), batch_size=batch_size, max_new_tokens=tokens,
+                          exact=easy)
             settings = dict(model=str(model), data=data and str(data), max_new_tokens=tokens, limit=limit)
             with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as bar:
                 task = bar.add_task(benchmark, total=len(samples))
-                result = evaluate_benchmark(answers, benchmark, samples, folder, batch_size, resume, suffix,
+                result = evaluate_benchmark(ask, benchmark, samples, folder, batch_size, resume, suffix,
                                             settings=settings, on_step=lambda done: bar.update(task, completed=done))
     except KeyboardInterrupt:
         console.print("stopped; the answers so far are kept. Go on with the same command and --resume", soft_wrap=True)
@@ -303,7 +304,7 @@ def eval_command(
     console.print(table)
     console.print(f"predictions.jsonl and result.json are in {folder}", soft_wrap=True, markup=False)
 
-# %% ../../nbs/cli/commands.ipynb #edd395f6
+# %% ../../nbs/cli/commands.ipynb #77fd9113
 @app.command("ablate", rich_help_panel=MEASURING,
              epilog="Example: vlmamba ablate --task easy-vqa --row mlp --row lite --minutes 10")
 def ablate_command(
@@ -330,7 +331,7 @@ def ablate_command(
         raise typer.Exit(130) from None
     console.print(text, soft_wrap=True, markup=False)
 
-# %% ../../nbs/cli/commands.ipynb #fac077d8
+# %% ../../nbs/cli/commands.ipynb #d358cb61
 data = typer.Typer(no_args_is_help=True, help="Look at data sets.")
 app.add_typer(data, name="data", rich_help_panel=TRAINING)
 

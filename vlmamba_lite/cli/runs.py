@@ -6,7 +6,7 @@
 __all__ = ['ELSEWHERE', 'prepare', 'model_tokenizer', 'TrainingPlan', 'make_plan', 'memory_here', 'published_sizes', 'config_of',
            'dry_run', 'TrainingBar', 'train_plan', 'run_plan', 'finish_easy', 'finish_conversations', 'run_training']
 
-# %% ../../nbs/cli/runs.ipynb #1a826871
+# %% ../../nbs/cli/runs.ipynb #3b6e17e0
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ from .settings import Settings, as_yaml, resolve_settings, run_folder
 from ..data.checks import open_data
 from ..data.conversations import build_tokenizer, byte_tokenizer
 from ..data.easy_vqa import VQABatches, build_set, load_easy_vqa
-from ..evaluation.answers import (accuracy_by_type, answer_all, evaluate, baselines, pick_samples,
-                                             plot_samples, sample_sheet, conversation_samples)
+from ..evaluation.answers import (accuracy_by_type, answer_all, baselines, conversation_samples, evaluate,
+                                             pick_samples, plot_samples, sample_sheet)
 from ..model.memory import memory_estimate, memory_table, parameter_table, whole_part
-from ..model.presets import (ABLATIONS, VISION_ENCODERS, LANGUAGE_MODELS, MODEL_PRESETS, PAPER_PRESETS,
+from ..model.presets import (ABLATIONS, LANGUAGE_MODELS, MODEL_PRESETS, PAPER_PRESETS, VISION_ENCODERS,
                                         preset_config, published_sources)
 from ..model.saving import find_tokenizer
 from ..model.vlmamba import VLMamba
@@ -56,7 +56,7 @@ def model_tokenizer(settings):
         return byte_tokenizer()
     return find_tokenizer(None, published_sources(settings.preset, **settings.changed_parts())["language"])
 
-# %% ../../nbs/cli/runs.ipynb #6abc35a1
+# %% ../../nbs/cli/runs.ipynb #7fd612a9
 @dataclass
 class TrainingPlan:
     "A run that is ready to begin."
@@ -73,8 +73,8 @@ def make_plan(settings, stages):
     device = process_device(pick_device(settings.device))
     if settings.on_easy_vqa():
         model, data = prepare(settings.preset, settings.seed, device, **settings.changed_parts())
-        options = settings.easy_vqa.model_dump(exclude_none=True)
-        sources = {stage.name: VQABatches(data["train"], stage.steps, stage.batch_size, settings.seed, **options)
+        drawn = settings.easy_vqa.model_dump(exclude_none=True)
+        sources = {stage.name: VQABatches(data["train"], stage.steps, stage.batch_size, settings.seed, **drawn)
                    for stage in stages}
         measure = partial(evaluate, data=data["validation"])
         return TrainingPlan(settings, stages, model, sources, measure, partial(finish_easy, data=data))
@@ -93,7 +93,7 @@ def make_plan(settings, stages):
         measure = partial(validation_loss, batches=batches, count=-(-sum(map(len, held)) // stages[-1].batch_size))
     return TrainingPlan(settings, stages, model, sources, measure, partial(finish_conversations, held=held))
 
-# %% ../../nbs/cli/runs.ipynb #bca4c25a
+# %% ../../nbs/cli/runs.ipynb #456863be
 def memory_here(device):
     "Bytes of memory of a device; None where the system does not tell."
     if device != "cpu":
@@ -140,7 +140,7 @@ def dry_run(settings, stages, processes=1):
         notes += memory_table(estimate, available).splitlines()
     return as_yaml(settings) + "\n" + "".join(f"# {line}".rstrip() + "\n" for line in notes)
 
-# %% ../../nbs/cli/runs.ipynb #8efb8d2d
+# %% ../../nbs/cli/runs.ipynb #d7be834b
 ELSEWHERE = {"output", "device", "parallel", "workers", "trackers"}      # not in run_config.json
 
 
@@ -168,7 +168,7 @@ class TrainingBar:
 
 
 def train_plan(plan, folder, resume=False, console=None, quiet=False):
-    "Trains -> (whether it reached the end, {cpu, wall} seconds). Raises as `vlmamba_lite.training.train`."
+    "Trains -> (whether it reached the end, {cpu, wall} seconds). Raises as `train` of the loop."
     settings, steps = plan.settings, total_steps(plan.stages, plan.sources)
     if main_process():
         write_run_config(folder, resume, **settings.model_dump(mode="json", exclude=ELSEWHERE))
@@ -207,7 +207,7 @@ def finish_easy(plan, folder, data):
     scores = accuracy_by_type(answers, data["test"])
     plot_samples(answers, data["test"], pick_samples(answers, data["test"]), folder / "samples.png")
     return dict(test_accuracy=scores["all"], accuracy_by_type=scores, test_questions=len(answers),
-                baselines=baselines(data["train"], data["test"]))
+                floors=baselines(data["train"], data["test"]))
 
 
 def finish_conversations(plan, folder, held):

@@ -6,7 +6,7 @@
 __all__ = ['Parts', 'EasyVQA', 'Settings', 'unknown', 'checked', 'read_settings', 'parse_change', 'merge', 'as_yaml',
            'training_schema', 'change_recipe', 'default_recipe', 'data_of_stages', 'resolve_settings', 'run_folder']
 
-# %% ../../nbs/cli/settings.ipynb #84fe796a
+# %% ../../nbs/cli/settings.ipynb #a6aac169
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from functools import reduce
