@@ -16,7 +16,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from .batches import Tally, collate, load_batches, open_pictures
-from .conversations import Codec, SampleError, byte_tokenizer, encode_conversation, pick_template
+from .conversations import Codec, byte_tokenizer, encode_conversation, pick_template
 from .easy_vqa import easy_vqa_set
 from .pictures import process_images
 from .records import hub_set, llava_set, read_record
@@ -69,31 +69,25 @@ def check_data(data, tokenizer=None, template="zephyr", max_length=None, limit=N
     tokenizer: without one a token is a byte; limit: look at so many samples only. A broken sample never stops it."""
     codec, template = Codec(byte_tokenizer() if tokenizer is None else tokenizer), pick_template(template)
     report = Counter(samples=0, usable=0, turns=0, images=0, text_only=0, learned_tokens=0, cut_tokens=0)
-    errors, lengths = [], []
-
-    def note(do, *args):
-        try:
-            return do(*args)
-        except SampleError as error:
-            errors.append(error)
-
+    tally, lengths = Tally(), []
     for i in range(len(data) if limit is None else min(limit, len(data))):
-        before, conversation, rows = len(errors), note(data.__getitem__, i), None
+        before, rows = tally.skipped.total(), None
+        conversation = tally.attempt(partial(data.__getitem__, i), "skip")
         if conversation is not None:
             for image in conversation.images:
-                note(open_pictures, replace(conversation, images=[image]), partial(process_images, size=8))
-            rows = note(encode_conversation, conversation, codec, template, max_length)
+                alone = replace(conversation, images=[image])
+                tally.attempt(partial(open_pictures, alone, partial(process_images, size=8)), "skip")
+            rows = tally.attempt(partial(encode_conversation, conversation, codec, template, max_length), "skip")
             pictures = len(conversation.images)
             report.update(turns=len(conversation.turns), images=pictures, text_only=not pictures)
         if rows is not None:
             learned = sum(label != -100 for row in rows for label in row.labels)
             report.update(learned_tokens=learned, cut_tokens=sum(row.cut for row in rows))
             lengths.append((sum(len(row.input_ids) for row in rows), conversation.name))
-        report.update(samples=1, usable=len(errors) == before)
-    kinds, tokens = Counter(error.kind for error in errors), sorted(n for n, _ in lengths) or [0]
+        report.update(samples=1, usable=tally.skipped.total() == before)
+    tokens = sorted(n for n, _ in lengths) or [0]
     spread = {"least": tokens[0], "median": tokens[len(tokens) // 2], "most": tokens[-1], "total": sum(tokens)}
-    return {**report, "tokens": spread, "errors": dict(sorted(kinds.items())),
-            "messages": [str(error) for error in errors[:20]],
+    return {**report, "tokens": spread, "errors": dict(sorted(tally.skipped.items())), "messages": tally.messages,
             "longest": [{"sample": name, "tokens": n} for n, name in sorted(lengths, reverse=True)[:5]]}
 
 
@@ -129,11 +123,9 @@ def stream_batches(records, prepare, columns, batch_size=16, collate=collate, on
 # %% ../../nbs/data/checks.ipynb #789ba8ee
 def loader_speed(batches, workers=2, steps=40):
     "What workers deliver in a second, after the first batch: {'pictures', 'texts', 'batches'} per second."
-    texts, pictures, began = 0, 0, None
-    for batch in load_batches(batches, 0, steps + 1, workers):
-        if began is None:                                    # the workers are up
-            began = time.perf_counter()
-            continue
-        texts, pictures = texts + len(batch.names), pictures + len(batch.images)
+    loader = iter(load_batches(batches, 0, steps + 1, workers))
+    next(loader)                                             # the workers are up
+    began = time.perf_counter()
+    counts = [(len(batch.images), len(batch.names), 1) for batch in loader]
     seconds = time.perf_counter() - began
-    return {name: round(n / seconds, 1) for name, n in (("pictures", pictures), ("texts", texts), ("batches", steps))}
+    return {name: round(sum(n) / seconds, 1) for name, n in zip(("pictures", "texts", "batches"), zip(*counts))}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAD', 'EOS', 'UNK', 'ERROR_KINDS', 'LONGEST_TEXT', 'SYSTEM', 'TEMPLATES', 'build_tokenizer', 'TurnView', 'show_turn',
            'Conversation', 'SampleError', 'sample_error', 'check_text', 'check_conversation', 'Template',
-           'pick_template', 'Codec', 'byte_tokenizer', 'ask_ids', 'join_turns', 'label_runs', 'check_labels', 'Row',
+           'pick_template', 'Codec', 'byte_tokenizer', 'ask_ids', 'join_turns', 'check_labels', 'Row',
            'encode_conversation', 'prompt_ids', 'encode_prompt']
 
 # %% ../../nbs/data/13_conversations.ipynb #e15d930f
@@ -221,17 +221,12 @@ def join_turns(codec, template, turns, sample):
     return ids, labels
 
 # %% ../../nbs/data/13_conversations.ipynb #a5287de3
-def label_runs(labels):
-    "The runs of labels other than -100, each a list."
-    return [list(run) for learned, run in groupby(labels, key=lambda label: label != -100) if learned]
-
-
 def check_labels(codec, template, ids, labels, answers, sample):
     "Raises a `SampleError` unless exactly the answers are learned, each with its end, and the first token is given."
     if any(label not in (-100, token) for token, label in zip(ids, labels, strict=True)):
         raise sample_error(sample, "mask", "a label differs from its token")
     end, got = codec.literal(template.end), []
-    for run in label_runs(labels):
+    for run in [list(run) for learned, run in groupby(labels, key=lambda label: label != -100) if learned]:
         ends_well = end and run[-len(end):] == end
         got.append(codec.decode(run[:-len(end)]).removeprefix(template.space) if ends_well else None)
     if got != list(answers):
