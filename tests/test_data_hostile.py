@@ -245,7 +245,7 @@ def test_exif_turns_are_undone_once(root, turn):
 
 @pytest.mark.parametrize("value", [7, 0.5, {"a": 1}, [None], [["a.png"]], True, {"bytes": None, "path": None}, [{"bytes": b""}]])
 def test_what_is_no_picture_value(value):
-    with pytest.raises(SampleError, match="sample 7: image: got .*, need a path, a PIL picture, or bytes"):
+    with pytest.raises(SampleError, match="sample 7: image: got .*, need a path, PIL picture or bytes"):
         picture_list(value, "7", "root")
 
 

@@ -102,8 +102,7 @@ def check_text(sample, who, text):
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        text = f"{who}: got half a character at {error.start}, need valid Unicode"
-        raise sample_error(sample, "text", text) from None
+        raise sample_error(sample, "text", f"{who}: got half a character at {error.start}, need Unicode") from None
 
 
 def check_conversation(conversation):
@@ -265,8 +264,7 @@ def encode_conversation(conversation, tokenizer, template="zephyr", max_length=N
         end = len(ids) if max_length is None else max_length
         cut = sum(label != -100 for label in labels[end:])
         if all(label == -100 for label in labels[1:end]):
-            text = f"nothing is left to learn in {max_length} tokens; {cut} learned tokens were cut"
-            raise sample_error(name, "cut", text)
+            raise sample_error(name, "cut", f"nothing is left to learn in {max_length} tokens; {cut} were cut")
         rows.append(Row(name, conversation.images, ids[:end], labels[:end], cut))
     return rows
 

@@ -102,13 +102,9 @@ COLOR_WORDS = frozenset("""color colors colour colours colored coloured colorful
 def allowed_changes(turns):
     "What may be done to the pictures of a conversation: a set out of 'mirror' and 'color', by the words of its turns."
     text = " ".join(chain.from_iterable(turns)).lower()
-    words, allowed = set(re.findall(r"[a-z]+", text)), set()
-    place = re.search(r"[\[(]\s*-?\d*\.?\d+\s*,", text)                 # as in (0.2, 0.7
-    if not place and not words & SIDE_WORDS:
-        allowed.add("mirror")
-    if not words & COLOR_WORDS:
-        allowed.add("color")
-    return allowed
+    words = set(re.findall(r"[a-z]+", text))
+    side = words & SIDE_WORDS or re.search(r"[\[(]\s*-?\d*\.?\d+\s*,", text)                 # as in (0.2, 0.7
+    return {change for change, said in (("mirror", side), ("color", words & COLOR_WORDS)) if not said}
 
 
 def augment_pictures(images, turns, rng, shift=2, strength=0.3):

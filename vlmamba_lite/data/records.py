@@ -43,8 +43,7 @@ def picture_list(value, sample, root):
         if stored and not image.get("bytes"):
             image = image.get("path")
         if not isinstance(image, str | Path | dict | Image.Image):
-            text = f"image: got {type(image).__name__}, need a path, a PIL picture, or bytes"
-            raise sample_error(sample, "image", text)
+            raise sample_error(sample, "image", f"image: got {type(image).__name__}, need a path, PIL picture or bytes")
         images.append(safe_path(root, str(image), sample, stored) if isinstance(image, str | Path) else image)
     return images
 
@@ -73,8 +72,7 @@ def pair_messages(messages, sample):
 def read_record(record, columns, sample, root=None):
     "A record (a dict) -> `Conversation`, checked but for the content of its pictures. Raises a `SampleError`."
     if not isinstance(record, dict):
-        text = f"got {type(record).__name__}, need an object with {sorted(columns.values())}"
-        raise sample_error(sample, "record", text)
+        raise sample_error(sample, "record", f"got {type(record).__name__}, need fields {list(columns.values())}")
     images = picture_list(record.get(columns.get("images")), sample, root)
     if "turns" in columns:
         turns = pair_messages(record.get(columns["turns"]), sample)
