@@ -264,7 +264,7 @@ def encode_conversation(conversation, tokenizer, template="zephyr", max_length=N
         end = len(ids) if max_length is None else max_length
         cut = sum(label != -100 for label in labels[end:])
         if all(label == -100 for label in labels[1:end]):
-            raise sample_error(name, "cut", f"nothing is left to learn in {max_length} tokens; {cut} were cut")
+            raise sample_error(name, "cut", f"nothing is left to learn in {end} tokens; {cut} learned tokens were cut")
         rows.append(Row(name, conversation.images, ids[:end], labels[:end], cut))
     return rows
 
