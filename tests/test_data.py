@@ -18,7 +18,7 @@ from vlmamba_lite.data.conversations import (EOS, PAD, UNK, Conversation, build_
                                              encode_prompt, show_turn)
 from vlmamba_lite.data.easy_vqa import (CAPTION_QUESTION, COLORS, QUESTION_TYPES, ROW_TYPES, SHAPES,
                                         VALIDATION_IMAGES, build_set, caption, draw_questions, easy_vqa_folder,
-                                        load_easy_vqa, question_table, question_type, row_type)
+                                        load_easy_vqa, question_type)
 from vlmamba_lite.data.pictures import augment, normalize, open_image, process_images, to_rgb
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,7 +155,7 @@ def test_a_set_with_captions(splits, tokenizer):
         assert got.types[own].tolist() == plain.types[before[before >= 0]].tolist() + [4] * (said is not None)
     learned = [tokenizer.decode([x for x in row if x != -100]) for row in got.labels.tolist()]
     assert learned == got.answers and ROW_TYPES == (*QUESTION_TYPES, "caption")
-    assert row_type(CAPTION_QUESTION, "red circle") == "caption" and row_type("is a circle present?", "no") == "yes/no shape"
+    assert question_type(CAPTION_QUESTION, "red circle") == "caption" and question_type("is a circle present?", "no") == "yes/no shape"
 
 
 def test_the_order_of_columns_does_not_matter(splits, tokenizer):
@@ -411,15 +411,6 @@ def test_pad_rows(rows, value):
         assert padded[:len(row)] == row and set(padded[len(row):]) <= {value}
 
 
-@settings(**FEW)
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.integers(0, 3))
-def test_question_table_equals_a_slow_twin(image_of, spare):
-    pictures = max(image_of) + 1 + spare
-    rows = [[r for r, i in enumerate(image_of) if i == p] for p in range(pictures)]
-    most = max(map(len, rows))
-    assert question_table(np.array(image_of), pictures).tolist() == [r + [-1] * (most - len(r)) for r in rows]
-
-
 # ---- augmentation ----
 
 def slow_augment(images, rng, shift):
@@ -472,9 +463,9 @@ def test_augment_of_floats_and_nothing():
 @st.composite
 def tables(draw):
     sizes = draw(st.lists(st.integers(1, 6), min_size=1, max_size=6))
-    image_of = np.repeat(np.arange(len(sizes)), sizes)
-    types = np.array(draw(st.lists(st.integers(0, 4), min_size=len(image_of), max_size=len(image_of))))
-    return question_table(image_of, len(sizes)), types, sizes
+    types = np.array(draw(st.lists(st.integers(0, 4), min_size=sum(sizes), max_size=sum(sizes))))
+    ends = np.cumsum(sizes)
+    return pad_rows([list(range(end - size, end)) for end, size in zip(ends, sizes)], -1).numpy(), types, sizes
 
 
 @settings(**FEW)

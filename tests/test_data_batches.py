@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlmamba_lite.data.batches import (Batch, Batches, Mixture, Preparer, Tally, collate, collate_by_image,
-                                       collate_packed, first_fit, group_by_length, load_batches)
+                                       collate_packed, first_fit, load_batches)
 from vlmamba_lite.data.checks import loader_speed, stream_batches
 from vlmamba_lite.data.conversations import Codec, Conversation, SampleError, byte_tokenizer
 from vlmamba_lite.data.pictures import normalize, process_images
@@ -105,18 +105,6 @@ def test_every_layout_gives_the_loss_and_the_gradients_of_one_text_at_a_time(tok
             torch.testing.assert_close(torch.zeros(()) if g is None else g, torch.zeros(()) if e is None else e, rtol=1e-7, atol=1e-12)
 
 
-def test_length_groups_have_the_loss_of_the_plain_batch(tokenizer):
-    model, see, _ = model_and_eye("mamba2")
-    rows = random_rows(tokenizer, 9, 5)
-    groups = group_by_length([len(r.input_ids) for r in rows], 4, np.random.default_rng(0))
-    assert sorted(i for g in groups for i in g) == list(range(9)) and max(map(len, groups)) == 4
-    parts = [collate([rows[i] for i in g], 0) for g in groups]
-    counts = [int((b.labels != -100).sum()) for b in parts]
-    mean = sum(n * batch_loss(model, b, see) for n, b in zip(counts, parts)) / sum(counts)
-    torch.testing.assert_close(mean, one_by_one(model, rows, see), rtol=1e-10, atol=0)
-    assert sum(b.mask.numel() for b in parts) < collate(rows, 0).mask.numel()
-
-
 def test_without_new_states_packing_leaks(tokenizer):
     model, *_ = model_and_eye("mamba2")
     batch = collate_packed(random_rows(tokenizer, 6, 1, pictures=False), 0, 200)
@@ -184,15 +172,6 @@ def test_first_fit(lengths, room):
     assert all(s <= room for s in sums) and sum(2 * s <= room for s in sums) <= 1            # no two half-empty lines
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
-@given(st.lists(st.integers(1, 99), min_size=1, max_size=40), st.integers(1, 9), st.integers(0, 5))
-def test_group_by_length(lengths, size, seed):
-    groups = group_by_length(lengths, size, np.random.default_rng(seed))
-    assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
-    spans = sorted((min(lengths[i] for i in g), max(lengths[i] for i in g)) for g in groups)
-    assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:])) and sum(len(g) != size for g in groups) <= 1
-
-
 # ---- mixtures and positions ----
 
 def toy_set(count, label, broken=()):
@@ -242,7 +221,7 @@ def make_batches(tokenizer, sets=None, **settings_):
                      **{"batch_size": 4, **settings_})
 
 
-@pytest.mark.parametrize("how", [{}, {"group": 5}, {"collate": collate_by_image}, {"collate": collate_packed}])
+@pytest.mark.parametrize("how", [{}, {"collate": collate_by_image}, {"collate": collate_packed}])
 def test_stopping_and_going_on_gives_the_same_next_batch(tokenizer, how):
     whole = list(load_batches(make_batches(tokenizer, **how), 0, 12))
     for stop in (1, 4, 7, 11):
@@ -250,14 +229,6 @@ def test_stopping_and_going_on_gives_the_same_next_batch(tokenizer, how):
     with_workers = list(load_batches(make_batches(tokenizer, **how), 3, 12, workers=2))
     assert len(with_workers) == 9 and all(same(a, b) for a, b in zip(with_workers, whole[3:]))
     assert not same(whole[0], whole[1])
-
-
-def test_groups_of_length_hold_the_same_samples(tokenizer):
-    plain, grouped = make_batches(tokenizer), make_batches(tokenizer, group=6)
-    names = [sorted(name for step in range(6) for name in b[step].names) for b in (plain, grouped)]
-    assert names[0] == names[1]
-    real = [sum(int(b[s].mask.sum()) for s in range(6)) / sum(b[s].mask.numel() for s in range(6)) for b in (plain, grouped)]
-    assert real[1] > real[0]
 
 
 def test_skips_are_counted_replaced_and_move_nothing_else(tokenizer):

@@ -1,4 +1,4 @@
-"""`check_data`, what a path holds, and `vlmamba data check`: counts, faults, the longest samples, as a table and as JSON."""
+"""`check_data`, what a path holds, and `vlmamba data check`: counts, errors, the longest samples, as a table and as JSON."""
 import json
 
 import pytest
@@ -27,8 +27,8 @@ def folder(tmp_path):
 
 def test_everything_is_counted(folder):
     report = check_data(open_data(folder / "chat.json"))
-    want = {"samples": 11, "usable": 3, "turns": 5, "images": 5, "text_only": 1, "cut_tokens": 0, "broken_images": 3, "empty_answers": 1, "mask_failures": 0,
-            "repeated_ids": 1, "faults": {"duplicate": 1, "empty": 1, "image": 3, "record": 1, "text": 1, "turns": 1}}
+    want = {"samples": 11, "usable": 3, "turns": 5, "images": 5, "text_only": 1, "cut_tokens": 0, 
+            "errors": {"duplicate": 1, "empty": 1, "image": 3, "record": 1, "text": 1, "turns": 1}}
     assert {name: report[name] for name in want} == want and len(report["messages"]) == 8
     assert json.loads(json.dumps(report)) == report
     assert report["learned_tokens"] == 4 * 9 + len("a circle " * 9) + 1                    # bytes, and an end for each
@@ -42,7 +42,7 @@ def test_the_table_says_the_same(folder):
     table = report_table(report)
     rows = dict(line.rsplit("  ", 1) for line in table.splitlines() if not line.startswith("- "))
     rows = {name.strip(): value.strip() for name, value in rows.items()}
-    assert rows["samples"] == "11" and rows["broken images"] == "3" and rows["faults of kind image"] == "3" and rows["long: 1 of chat.json (id 1)"].endswith("tokens")
+    assert rows["samples"] == "11" and rows["errors of kind image"] == "3" and rows["long: 1 of chat.json (id 1)"].endswith("tokens")
     assert sum(line.startswith("- sample ") for line in table.splitlines()) == 8
 
 
@@ -50,7 +50,7 @@ def test_masks_lengths_and_cuts_depend_on_the_tokenizer(folder):
     data = open_data(folder / "chat.json")
     words = build_tokenizer(["what is it?", "a"])
     report = check_data(data, words, "lite")
-    assert report["mask_failures"] == 5 and report["usable"] == 0 and "no tokens for all of" in report["messages"][0]
+    assert report["errors"]["mask"] == 5 and report["usable"] == 0 and "no tokens for all of" in report["messages"][0]
     cut = check_data(data, max_length=50)
     whole = check_data(data)
     assert cut["cut_tokens"] > 0 and cut["cut_tokens"] + cut["learned_tokens"] == whole["learned_tokens"] and cut["tokens"]["most"] == 50
@@ -59,11 +59,11 @@ def test_masks_lengths_and_cuts_depend_on_the_tokenizer(folder):
         check_data(data, template="x")
 
 
-def test_an_empty_set_and_one_of_faults_only():
+def test_an_empty_set_and_one_of_errors_only():
     report = check_data(ConversationSet([], {}))
     assert report["samples"] == report["usable"] == 0 and report["longest"] == [] and "samples" in report_table(report)
     report = check_data(ConversationSet([1, 2], {}))
-    assert report["faults"] == {"record": 2} and report["tokens"]["most"] == 0 and report_table(report)
+    assert report["errors"] == {"record": 2} and report["tokens"]["most"] == 0 and report_table(report)
 
 
 def test_paths_of_every_kind(folder):
@@ -93,7 +93,7 @@ def test_paths_of_every_kind(folder):
 def test_the_root_can_be_another_folder(folder):
     (folder / "elsewhere").mkdir()
     (folder / "elsewhere" / "chat.json").write_text(json.dumps([record(0)]))
-    assert check_data(open_data(folder / "elsewhere" / "chat.json"))["broken_images"] == 1
+    assert check_data(open_data(folder / "elsewhere" / "chat.json"))["errors"]["image"] == 1
     assert check_data(open_data(folder / "elsewhere" / "chat.json", root=folder))["usable"] == 1
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlmamba_lite.data.conversations import (LONGEST_TEXT, SYSTEM, TEMPLATES, Codec, Conversation, SampleError,
-                                             Template, build_tokenizer, byte_tokenizer, check_mask,
-                                             encode_conversation, encode_prompt, label_runs, prompt_ids,
-                                             sample_error, show_row)
+                                             Template, build_tokenizer, byte_tokenizer, check_labels,
+                                             encode_conversation, encode_prompt, prompt_ids,
+                                             sample_error, show_turn)
 
 FEW = {"deadline": None, "max_examples": 60, "derandomize": True}
 PICTURE = Image.new("RGB", (8, 8), "teal")
@@ -186,22 +186,22 @@ def mask_of(raw, template="zephyr"):
 @pytest.mark.parametrize("template", ["zephyr", "llava"])
 def test_every_single_wrong_label_is_found(raw, template):
     codec, form, ids, labels, answers = mask_of(raw, template)
-    check_mask(codec, form, ids, labels, answers, "7")
+    check_labels(codec, form, ids, labels, answers, "7")
     for i in range(len(ids)):
         for wrong in (-100, ids[i], ids[i] + 1):
             if wrong != labels[i]:
                 with pytest.raises(SampleError, match="^sample 7: "):
-                    check_mask(codec, form, ids, [*labels[:i], wrong, *labels[i + 1:]], answers, "7")
+                    check_labels(codec, form, ids, [*labels[:i], wrong, *labels[i + 1:]], answers, "7")
 
 
 def test_shifted_empty_and_full_masks_are_found(raw):
     codec, form, ids, labels, answers = mask_of(raw)
     for wrong in ([-100] * len(ids), list(ids), [*labels[1:], -100], [-100, *labels[:-1]]):
         with pytest.raises(SampleError, match="^sample 7: "):
-            check_mask(codec, form, ids, wrong, answers, "7")
+            check_labels(codec, form, ids, wrong, answers, "7")
     for others in (answers[::-1], answers[:1], [*answers, "x"], []):
         with pytest.raises(SampleError, match="sample 7: answer"):
-            check_mask(codec, form, ids, labels, others, "7")
+            check_labels(codec, form, ids, labels, others, "7")
 
 
 def test_a_template_that_begins_with_a_learned_token_is_refused(raw):
@@ -268,7 +268,7 @@ def test_errors_survive_a_process_boundary():
 
 def test_view_of_rows(raw):
     row, = encode_conversation(Conversation("7", [], [("what\nis it?", "a circle")]), raw, "zephyr")
-    view = show_row(raw, row)
+    view = show_turn(raw, row.input_ids, row.labels)
     text, marks = repr(view).splitlines()
     learned = "".join(c for c, m in zip(text, marks.ljust(len(text))) if m == "^")
     assert learned == "a·circle<|endoftext|>" and "⏎" in text
@@ -304,7 +304,7 @@ def test_tokenizers_of_other_families(kind, template):
         except SampleError as error:
             assert error.kind == "mask" and "sample 7: " in str(error)
             continue
-        run, = label_runs(row.labels)
+        run = [label for label in row.labels if label != -100]
         end = len(Codec(tokenizer).literal(TEMPLATES[template].end))
         assert tokenizer.decode(run[:-end]).strip() == answer.strip() and row.labels[0] == -100
         passed += 1

@@ -8,7 +8,7 @@ import torch
 
 from vlmamba_lite.data.batches import Batch, load_batches
 from vlmamba_lite.data.conversations import build_tokenizer
-from vlmamba_lite.data.easy_vqa import PHASES, ROW_TYPES, VQABatches, easy_vqa_batches, load_easy_vqa
+from vlmamba_lite.data.easy_vqa import PHASES, ROW_TYPES, VQABatches, build_set, load_easy_vqa
 from vlmamba_lite.data.pictures import augment, normalize
 
 TENSORS = ("images", "prefixes", "prefix_of", "starts", "input_ids", "labels", "mask")
@@ -50,7 +50,8 @@ def test_a_batch_is_that_of_the_slow_twin(small, settings):
 def test_the_recipe_draws_what_the_recorded_runs_drew():
     "Digests of what the first edition's `make_batch` gave, before its models were trained and their accuracies recorded."
     rows = load_easy_vqa("train")
-    batches = easy_vqa_batches(build_tokenizer(text for name in ("questions", "answers") for texts in rows[name] for text in texts))
+    tokenizer = build_tokenizer(text for name in ("questions", "answers") for texts in rows[name] for text in texts)
+    batches = VQABatches(build_set(rows, tokenizer, captions=True))
     recorded = {(0, 0): ("626d559a390ed323", "8803e2d94d39821a", "3ba396d91a240483"), (0, 250): ("f37bf8eb16e62020", "124d14b0e8d2d89a", "125cf26e7fae2ee2"),
                 (3, 999): ("8d7153d69ed6f627", "77ea0f521a313aa9", "a2bcea0508d44de5")}
     for (seed, step), want in recorded.items():

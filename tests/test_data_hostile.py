@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlmamba_lite.data.batches import Tally, attempt, load_picture
+from vlmamba_lite.data.batches import Tally, load_picture
 from vlmamba_lite.data.conversations import ERROR_KINDS, Conversation, SampleError
 from vlmamba_lite.data.easy_vqa import easy_vqa_set, load_easy_vqa
 from vlmamba_lite.data.pictures import open_image, process_images, to_rgb
-from vlmamba_lite.data.records import ConversationSet, hub_set, llava_set, picture_list, safe_path, split_by_image
+from vlmamba_lite.data.records import ConversationSet, hub_set, llava_set, picture_list, safe_path
 
 HUMAN, GPT = {"from": "human", "value": "what is it?"}, {"from": "gpt", "value": "a circle"}
 GOOD = [HUMAN, GPT]
@@ -90,8 +90,8 @@ def test_nothing_outside_the_root_is_opened(tmp_path, root, monkeypatch):
     monkeypatch.setattr(io, "open", spy)
     tally, sizes = Tally(), []
     for i in range(len(data)):
-        if conversation := attempt(lambda: data[i], tally, "skip"):                                   # noqa: B023
-            sizes += [attempt(lambda: load_picture(conversation.images[0], "n"), tally, "skip")]     # noqa: B023
+        if conversation := tally.attempt(lambda: data[i], "skip"):                                   # noqa: B023
+            sizes += [tally.attempt(lambda: load_picture(conversation.images[0], "n"), "skip")]     # noqa: B023
     monkeypatch.undo()
     assert sum(s is not None for s in sizes) == 2 and tally.skipped == {"image": len(BAD_PATHS) + 1}
     assert opened and all(Path(p).resolve().is_relative_to(root.resolve()) for p in opened)
@@ -245,7 +245,7 @@ def test_exif_turns_are_undone_once(root, turn):
 
 @pytest.mark.parametrize("value", [7, 0.5, {"a": 1}, [None], [["a.png"]], True, {"bytes": None, "path": None}, [{"bytes": b""}]])
 def test_what_is_no_picture_value(value):
-    with pytest.raises(SampleError, match="sample 7: image: got .*, need a path, a PIL picture, or bytes"):
+    with pytest.raises(SampleError, match="sample 7: image: got .*, need a path, PIL picture or bytes"):
         picture_list(value, "7", "root")
 
 
@@ -294,7 +294,7 @@ def test_repeated_ids(tmp_path):
     path = write(tmp_path, [{"id": x, "conversations": GOOD} for x in (1, "1", 2, None, None, 2)])
     data, tally = llava_set(path), Tally()
     assert sorted(data.repeated) == [1, 5]
-    kept = [i for i in range(6) if attempt(lambda: data[i], tally, "skip")]                      # noqa: B023
+    kept = [i for i in range(6) if tally.attempt(lambda: data[i], "skip")]                      # noqa: B023
     assert kept == [0, 2, 3, 4] and tally.skipped == {"duplicate": 2} and tally.read == 6
     assert "its id has come before" in tally.messages[0] and all(llava_set(path, unique=False)[i] for i in range(6))
 
@@ -313,10 +313,10 @@ def test_a_bad_line_is_one_bad_sample(tmp_path):
     (tmp_path / "chat.jsonl").write_bytes(b"\n".join([good, b"\xff\xfe", b"{", b"", b"[" * 100_000, good]))
     data, tally = llava_set(tmp_path / "chat.jsonl"), Tally()
     assert len(data) == 5
-    kept = [i for i in range(5) if attempt(lambda: data[i], tally, "skip")]                      # noqa: B023
+    kept = [i for i in range(5) if tally.attempt(lambda: data[i], "skip")]                      # noqa: B023
     assert kept == [0, 4] and tally.skipped == {"record": 3} and "byte 0 is not UTF-8" in tally.messages[0]
     with pytest.raises(SampleError, match="1 of chat.jsonl"):
-        attempt(lambda: data[1], tally, "raise")
+        tally.attempt(lambda: data[1], "raise")
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path):
@@ -340,7 +340,7 @@ def test_any_json_is_a_conversation_or_a_named_fault(record):
         assert all(isinstance(t, str) and t.strip() for turn in conversation.turns for t in turn)
 
 
-# ---- columns, policy, split ----
+# ---- columns and policy ----
 
 def test_column_maps():
     from datasets import Dataset
@@ -385,39 +385,9 @@ def test_a_record_that_cannot_be_fetched_is_a_fault():
 
 def test_the_policy_is_one_of_two():
     with pytest.raises(ValueError, match="on_error: got 'ignore', need 'raise' or 'skip'"):
-        attempt(lambda: 1, Tally(), "ignore")
-    with pytest.raises(KeyError):                                             # only faults of samples are skipped, not mistakes in code
-        attempt(lambda: {}["x"], Tally(), "skip")
+        Tally().attempt(lambda: 1, "ignore")
+    with pytest.raises(KeyError):                                             # only errors of samples are skipped, not mistakes in code
+        Tally().attempt(lambda: {}["x"], "skip")
     total = Tally(2, Counter(mask=1), 3, ["a"])
     total.add(Tally(5, Counter(mask=1, image=2), 4, ["b"] * 30))
     assert (total.read, total.skipped, total.cut, len(total.messages)) == (7, Counter(mask=2, image=2), 7, 20)
-
-
-@settings(deadline=None, max_examples=60, derandomize=True)
-@given(st.lists(st.lists(st.integers(0, 12), max_size=3), min_size=1, max_size=25), st.floats(0.05, 0.95), st.integers(0, 5), st.randoms())
-def test_no_picture_is_on_both_sides(pictures, share, seed, shuffler):
-    data = [Conversation(f"n{i}", [{"bytes": bytes([p])} for p in own], [("a", "b")]) for i, own in enumerate(pictures)]
-    training, validation = split_by_image(data, share, seed)
-    assert sorted(training + validation) == list(range(len(data)))
-    assert not {p for i in training for p in pictures[i]} & {p for i in validation for p in pictures[i]}
-    order = list(range(len(data)))
-    shuffler.shuffle(order)
-    again, _ = split_by_image([data[i] for i in order], share, seed)
-    assert sorted(order[i] for i in again) == training
-
-
-def test_the_share_of_a_split():
-    data = [Conversation(str(i), [], [("a", "b")]) for i in range(2000)]
-    _, validation = split_by_image(data, 0.2)
-    assert 0.17 < len(validation) / 2000 < 0.23 and split_by_image(data, 0.2, seed=1)[1] != validation
-    for share in (0, 1, -1):
-        with pytest.raises(ValueError, match="share: got"):
-            split_by_image(data, share)
-
-
-def test_a_split_skips_and_counts():
-    tally, data = Tally(), ConversationSet([{"q": "a", "a": "b"}, {}], {"questions": "q", "answers": "a"})
-    training, validation = split_by_image(data, on_error="skip", tally=tally)
-    assert training + validation == [0] and tally.skipped == {"turns": 1}
-    with pytest.raises(SampleError):
-        split_by_image(data)

@@ -356,4 +356,4 @@ def check_command(
         opened = None if tokenizer is None else open_tokenizer(tokenizer)
         report = check_data(open_data(path, root), opened, template, max_length, limit)
     print(json.dumps(report) if as_json else report_table(report))
-    raise typer.Exit(1 if report["faults"] else 0)
+    raise typer.Exit(1 if report["errors"] else 0)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from .batches import Tally, attempt, collate, load_batches, open_pictures
-from .conversations import Codec, SampleError, byte_tokenizer, encode_conversation, pick_template
+from .batches import Tally, collate, load_batches, open_pictures
+from .conversations import Codec, byte_tokenizer, encode_conversation, pick_template
 from .easy_vqa import easy_vqa_set
 from .pictures import process_images
 from .records import hub_set, llava_set, read_record
@@ -45,15 +45,12 @@ def open_data(path, root=None, columns=None):
         return hub_set(load_from_disk(str(path)), columns, path.name, root)
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path] * (path.suffix == ".parquet")
     if not files:
-        need = ".json, .jsonl, .parquet, a folder of .parquet, or one written by save_to_disk"
-        raise ValueError(f"data: got {path}, need {need}")
+        raise ValueError(f"data: got {path}, need .json, .jsonl, .parquet, a folder of it, or of save_to_disk")
     return hub_set(Dataset(pa.concat_tables([pq.read_table(file) for file in files])), columns, path.name, root)
 
 
 def open_tokenizer(path):
-    """The tokenizer in a tokenizer.json, or in a folder with one; with tokenizer_config.json, that of `transformers`.
-
-    Raises `FileNotFoundError`, or `ValueError` for a file that is no tokenizer."""
+    "The tokenizer in a tokenizer.json or in a folder; with a tokenizer_config.json, that of `transformers`."
     path = Path(path)
     if (path / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer
@@ -69,37 +66,28 @@ def open_tokenizer(path):
 # %% ../../nbs/data/checks.ipynb #12bb7939
 def check_data(data, tokenizer=None, template="zephyr", max_length=None, limit=None):
     """A report on a whole set: counts, lengths in tokens, errors by kind, the first messages, the five longest samples.
-
-    tokenizer: without one a token is a byte. limit: look at so many samples only. A broken sample never stops it."""
+    tokenizer: without one a token is a byte; limit: look at so many samples only. A broken sample never stops it."""
     codec, template = Codec(byte_tokenizer() if tokenizer is None else tokenizer), pick_template(template)
     report = Counter(samples=0, usable=0, turns=0, images=0, text_only=0, learned_tokens=0, cut_tokens=0)
-    errors, lengths = [], []
-
-    def note(do, *args):
-        try:
-            return do(*args)
-        except SampleError as error:
-            errors.append(error)
-
+    tally, lengths = Tally(), []
     for i in range(len(data) if limit is None else min(limit, len(data))):
-        before, conversation, rows = len(errors), note(data.__getitem__, i), None
+        before, rows = tally.skipped.total(), None
+        conversation = tally.attempt(partial(data.__getitem__, i), "skip")
         if conversation is not None:
             for image in conversation.images:
-                note(open_pictures, replace(conversation, images=[image]), partial(process_images, size=8))
-            rows = note(encode_conversation, conversation, codec, template, max_length)
+                alone = replace(conversation, images=[image])
+                tally.attempt(partial(open_pictures, alone, partial(process_images, size=8)), "skip")
+            rows = tally.attempt(partial(encode_conversation, conversation, codec, template, max_length), "skip")
             pictures = len(conversation.images)
             report.update(turns=len(conversation.turns), images=pictures, text_only=not pictures)
         if rows is not None:
             learned = sum(label != -100 for row in rows for label in row.labels)
             report.update(learned_tokens=learned, cut_tokens=sum(row.cut for row in rows))
             lengths.append((sum(len(row.input_ids) for row in rows), conversation.name))
-        report.update(samples=1, usable=len(errors) == before)
-    kinds, tokens = Counter(error.kind for error in errors), sorted(n for n, _ in lengths) or [0]
-    empty_answers = sum(error.kind == "empty" and "assistant, turn" in str(error) for error in errors)
+        report.update(samples=1, usable=tally.skipped.total() == before)
+    tokens = sorted(n for n, _ in lengths) or [0]
     spread = {"least": tokens[0], "median": tokens[len(tokens) // 2], "most": tokens[-1], "total": sum(tokens)}
-    return {**report, "tokens": spread, "broken_images": kinds["image"], "empty_answers": empty_answers,
-            "mask_failures": kinds["mask"], "repeated_ids": kinds["duplicate"],
-            "faults": dict(sorted(kinds.items())), "messages": [str(error) for error in errors[:20]],
+    return {**report, "tokens": spread, "errors": dict(sorted(tally.skipped.items())), "messages": tally.messages,
             "longest": [{"sample": name, "tokens": n} for n, name in sorted(lengths, reverse=True)[:5]]}
 
 
@@ -107,45 +95,37 @@ def report_table(report):
     "The report of `check_data` as lines of text."
     rows = [(name.replace("_", " "), f"{value:,}") for name, value in report.items() if isinstance(value, int)]
     rows += [(f"tokens of a sample, {name}", f"{n:,}") for name, n in report["tokens"].items() if name != "total"]
-    rows += [(f"faults of kind {kind}", f"{n:,}") for kind, n in report["faults"].items()]
+    rows += [(f"errors of kind {kind}", f"{n:,}") for kind, n in report["errors"].items()]
     rows += [(f"long: {entry['sample']}", f"{entry['tokens']:,} tokens") for entry in report["longest"]]
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join([f"{name:{width}}{value}" for name, value in rows] + [f"- {text}" for text in report["messages"]])
 
 # %% ../../nbs/data/checks.ipynb #89c236b8
 def stream_batches(records, prepare, columns, batch_size=16, collate=collate, on_error="raise", root=None, position=0):
-    """Yields (records read so far, `Batch`) of a streaming set of `datasets`, or of any iterable that begins anew.
+    """Yields (records read so far, `Batch`) of a streaming set of `datasets`, or of any iterable that begins anew, from
+    behind `position` records. A record's position is its name in messages and the seed of its draws."""
+    stream = records.skip(position) if hasattr(records, "skip") else islice(iter(records), position, None)
+    tally = Tally()
 
-    position: begin behind so many records. A record's position is its name in messages and the seed of its draws."""
-    skip, ready, rows, tally = getattr(records, "skip", None), 0, [], Tally()
+    def prepared():
+        for n, record in enumerate(stream, position):
+            read = lambda: prepare(read_record(record, columns, f"{n} of stream", root), n)         # noqa: B023, E731
+            if (rows := tally.attempt(read, on_error)) is not None:
+                yield n + 1, rows
 
-    def finish():
-        batch = collate(rows, prepare.codec.pad_id)
+    samples = prepared()
+    while part := list(islice(samples, batch_size)):
+        batch = collate([row for _, rows in part for row in rows], prepare.codec.pad_id)
         batch.tally.add(tally)
-        return position, batch
-
-    for record in skip(position) if skip else islice(iter(records), position, None):
-        def read():
-            return prepare(read_record(record, columns, f"{position} of stream", root), position)         # noqa: B023
-
-        new = attempt(read, tally, on_error)
-        position += 1
-        if new is not None:
-            ready, rows = ready + 1, rows + new
-        if ready == batch_size:
-            yield finish()
-            ready, rows, tally = 0, [], Tally()
-    if ready:
-        yield finish()
+        tally = Tally()
+        yield part[-1][0], batch
 
 # %% ../../nbs/data/checks.ipynb #789ba8ee
 def loader_speed(batches, workers=2, steps=40):
     "What workers deliver in a second, after the first batch: {'pictures', 'texts', 'batches'} per second."
-    texts, pictures, began = 0, 0, None
-    for batch in load_batches(batches, 0, steps + 1, workers):
-        if began is None:                                    # the workers are up
-            began = time.perf_counter()
-            continue
-        texts, pictures = texts + len(batch.names), pictures + len(batch.images)
+    loader = iter(load_batches(batches, 0, steps + 1, workers))
+    next(loader)                                             # the workers are up
+    began = time.perf_counter()
+    counts = [(len(batch.images), len(batch.names), 1) for batch in loader]
     seconds = time.perf_counter() - began
-    return {name: round(n / seconds, 1) for name, n in (("pictures", pictures), ("texts", texts), ("batches", steps))}
+    return {name: round(sum(n) / seconds, 1) for name, n in zip(("pictures", "texts", "batches"), zip(*counts))}

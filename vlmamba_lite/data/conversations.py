@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAD', 'EOS', 'UNK', 'ERROR_KINDS', 'LONGEST_TEXT', 'SYSTEM', 'TEMPLATES', 'build_tokenizer', 'TurnView', 'show_turn',
-           'show_row', 'Conversation', 'SampleError', 'sample_error', 'check_text', 'check_conversation', 'Template',
-           'pick_template', 'Codec', 'byte_tokenizer', 'ask_ids', 'join_turns', 'label_runs', 'check_mask', 'Row',
+           'Conversation', 'SampleError', 'sample_error', 'check_text', 'check_conversation', 'Template',
+           'pick_template', 'Codec', 'byte_tokenizer', 'ask_ids', 'join_turns', 'check_labels', 'Row',
            'encode_conversation', 'prompt_ids', 'encode_prompt']
 
 # %% ../../nbs/data/13_conversations.ipynb #e15d930f
@@ -33,9 +33,8 @@ def build_tokenizer(texts):
 # %% ../../nbs/data/13_conversations.ipynb #2c90e4dc
 #| code-fold: true
 class TurnView:
-    "Rows of (token, kind), a kind of STYLE: coloured in a notebook, learned tokens underlined in a terminal."
-    STYLE = {"given": "color:#666", "padding": "color:#ccc",
-             "learned": "background:#cdebd3;color:#14532d;font-weight:bold"}
+    "Rows of (token, whether it is learned): learned tokens are coloured in a notebook, underlined in a terminal."
+    STYLE = ("color:#666", "background:#cdebd3;color:#14532d;font-weight:bold")
 
     def __init__(self, rows):
         self.rows = rows
@@ -44,12 +43,12 @@ class TurnView:
         lines = []
         for row in self.rows:
             lines.append(" ".join(token for token, _ in row))
-            lines.append(" ".join(("^" if kind == "learned" else " ") * len(token) for token, kind in row).rstrip())
+            lines.append(" ".join(("^" if learned else " ") * len(token) for token, learned in row).rstrip())
         return "\n".join(lines)
 
     def _repr_html_(self):
         span = '<span style="{};padding:1px 4px;border-radius:3px;font-family:monospace">{}</span>'
-        lines = ([span.format(self.STYLE[kind], html.escape(token)) for token, kind in row] for row in self.rows)
+        lines = ([span.format(self.STYLE[learned], html.escape(token)) for token, learned in row] for row in self.rows)
         return "".join(f"<div>{' '.join(line)}</div>" for line in lines)
 
 
@@ -59,21 +58,8 @@ def show_turn(tokenizer, input_ids, labels):
     input_ids, labels = (x.tolist() if hasattr(x, "tolist") else x for x in (input_ids, labels))
     if not isinstance(input_ids[0], list):
         input_ids, labels = [input_ids], [labels]
-    rows = []
-    for ids, own in zip(input_ids, labels):
-        end = len(ids)                                       # padding: one control token again and again, not learned
-        if not tokenizer.decode(ids[-1:], skip_special_tokens=True):
-            while end and ids[end - 1] == ids[-1] and own[end - 1] == -100:
-                end -= 1
-        kinds = ["learned" if y != -100 else "given" if t < end else "padding" for t, y in enumerate(own)]
-        texts = [tokenizer.decode([token], skip_special_tokens=False).translate(signs) for token in ids]
-        rows.append(list(zip(texts, kinds)))
-    return TurnView(rows)
-
-
-def show_row(tokenizer, *rows):
-    "`show_turn` of some `Row`s."
-    return show_turn(tokenizer, [row.input_ids for row in rows], [row.labels for row in rows])
+    texts = [[tokenizer.decode([i], skip_special_tokens=False).translate(signs) for i in ids] for ids in input_ids]
+    return TurnView([[(text, y != -100) for text, y in zip(*row)] for row in zip(texts, labels)])
 
 # %% ../../nbs/data/13_conversations.ipynb #db85c456
 @dataclass
@@ -116,8 +102,7 @@ def check_text(sample, who, text):
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        text = f"{who}: got half a character at {error.start}, need valid Unicode"
-        raise sample_error(sample, "text", text) from None
+        raise sample_error(sample, "text", f"{who}: got half a character at {error.start}, need Unicode") from None
 
 
 def check_conversation(conversation):
@@ -235,17 +220,12 @@ def join_turns(codec, template, turns, sample):
     return ids, labels
 
 # %% ../../nbs/data/13_conversations.ipynb #a5287de3
-def label_runs(labels):
-    "The runs of labels other than -100, each a list."
-    return [list(run) for learned, run in groupby(labels, key=lambda label: label != -100) if learned]
-
-
-def check_mask(codec, template, ids, labels, answers, sample):
+def check_labels(codec, template, ids, labels, answers, sample):
     "Raises a `SampleError` unless exactly the answers are learned, each with its end, and the first token is given."
     if any(label not in (-100, token) for token, label in zip(ids, labels, strict=True)):
         raise sample_error(sample, "mask", "a label differs from its token")
     end, got = codec.literal(template.end), []
-    for run in label_runs(labels):
+    for run in [list(run) for learned, run in groupby(labels, key=lambda label: label != -100) if learned]:
         ends_well = end and run[-len(end):] == end
         got.append(codec.decode(run[:-len(end)]).removeprefix(template.space) if ends_well else None)
     if got != list(answers):
@@ -280,12 +260,11 @@ def encode_conversation(conversation, tokenizer, template="zephyr", max_length=N
     rows = []
     for part in ([turn] for turn in turns) if template.alone else [turns]:
         ids, labels = join_turns(codec, template, part, name)
-        check_mask(codec, template, ids, labels, [answer for _, answer in part], name)
+        check_labels(codec, template, ids, labels, [answer for _, answer in part], name)
         end = len(ids) if max_length is None else max_length
         cut = sum(label != -100 for label in labels[end:])
         if all(label == -100 for label in labels[1:end]):
-            text = f"nothing is left to learn in {max_length} tokens; {cut} learned tokens were cut"
-            raise sample_error(name, "cut", text)
+            raise sample_error(name, "cut", f"nothing is left to learn in {end} tokens; {cut} learned tokens were cut")
         rows.append(Row(name, conversation.images, ids[:end], labels[:end], cut))
     return rows
 

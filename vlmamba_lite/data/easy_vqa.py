@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'SHAPES', 'VALIDATION_IMAGES', 'QUESTION_TYPES', 'CAPTION_QUESTION', 'ROW_TYPES', 'PHASES',
-           'easy_vqa_folder', 'load_easy_vqa', 'easy_vqa_set', 'question_type', 'caption', 'row_type', 'question_table',
-           'VQASet', 'build_set', 'draw_questions', 'VQABatches', 'easy_vqa_batches']
+           'easy_vqa_folder', 'load_easy_vqa', 'easy_vqa_set', 'question_type', 'caption', 'VQASet', 'build_set',
+           'draw_questions', 'VQABatches']
 
 # %% ../../nbs/data/easy_vqa.ipynb #3b511283
 import re
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import vlmamba_lite
-from .batches import Batch, pad_rows
+from .batches import Batch, pad_rows, permutation
 from .conversations import Codec, Conversation, encode_conversation
 from .pictures import augment, process_images
 from .records import hub_set
@@ -40,7 +40,6 @@ def easy_vqa_folder():
 
 def load_easy_vqa(split):
     """easy-VQA as a `datasets.Dataset`, one row a picture: image_id, image, questions, answers (as many as questions).
-
     split: "train" (3,600 pictures), "validation" (400 held out of the shipped training set) or "test" (1,000)."""
     import pyarrow.parquet as pq                                       # these two load slowly
     from datasets import Dataset
@@ -59,10 +58,14 @@ def easy_vqa_set(split):
 
 # %% ../../nbs/data/easy_vqa.ipynb #bc5cb9ef
 QUESTION_TYPES = ("what color", "what shape", "yes/no color", "yes/no shape")
+CAPTION_QUESTION = "what is in the image?"
+ROW_TYPES = (*QUESTION_TYPES, "caption")
 
 
 def question_type(question, answer):
-    "Which of the four `QUESTION_TYPES` a question is. Raises `ValueError` for an answer easy-VQA does not have."
+    "Which of `ROW_TYPES` a turn is. Raises `ValueError` for an answer easy-VQA does not have."
+    if question == CAPTION_QUESTION:
+        return "caption"
     if answer in ("yes", "no"):
         about_color = not set(re.findall(r"\w+", question.lower())).isdisjoint(COLORS)
         return "yes/no color" if about_color else "yes/no shape"
@@ -71,10 +74,6 @@ def question_type(question, answer):
     raise ValueError(f"answer: got {answer!r}, need yes, no, one of {COLORS} or one of {SHAPES}")
 
 # %% ../../nbs/data/easy_vqa.ipynb #de581c2f
-CAPTION_QUESTION = "what is in the image?"
-ROW_TYPES = (*QUESTION_TYPES, "caption")
-
-
 def caption(questions, answers):
     "Colour and shape by the turns of one picture, e.g. 'teal triangle'; None where they do not give both."
     found = {}
@@ -87,21 +86,7 @@ def caption(questions, answers):
             found.update({"color": word} if word in COLORS else {"shape": word} if word in SHAPES else {})
     return f"{found['color']} {found['shape']}" if len(found) == 2 else None
 
-
-def row_type(question, answer):
-    "Which of `ROW_TYPES` a turn is: a question of easy-VQA, or a caption."
-    return "caption" if question == CAPTION_QUESTION else question_type(question, answer)
-
 # %% ../../nbs/data/easy_vqa.ipynb #87386b8b
-def question_table(image_of, pictures):
-    "Rows of each picture: (pictures, most), -1 where a picture has fewer. image_of (rows,): the picture of each row."
-    order, counts = np.argsort(image_of, kind="stable"), np.bincount(image_of, minlength=pictures)
-    first = np.cumsum(counts) - counts                                 # of each picture, in the sorted rows
-    table = np.full((pictures, counts.max()), -1)
-    table[image_of[order], np.arange(len(order)) - np.repeat(first, counts)] = order
-    return table
-
-
 @dataclass
 class VQASet:
     "Pictures and their encoded turns in memory. One row a turn; `table[i]` lists the rows of picture i, then -1."
@@ -117,27 +102,24 @@ class VQASet:
 
     @classmethod
     def encode(cls, images, turns, type_of, tokenizer, size=64):
-        """images: PIL pictures; turns: a list of (question, answer) for each; type_of(question, answer): a type's number.
-
+        """images: PIL pictures; turns: a list of (question, answer) for each; type_of(question, answer): their number.
         Every different turn is encoded and proved once, in the template "lite", else `ValueError`."""
         codec, flat = Codec(tokenizer), list(chain.from_iterable(turns))
         number = {turn: i for i, turn in enumerate(dict.fromkeys(flat))}
         rows = [encode_conversation(Conversation(repr(turn[0]), [], [turn]), codec, "lite")[0] for turn in number]
         which = np.array([number[turn] for turn in flat])
-        image_of = np.repeat(np.arange(len(turns)), [len(own) for own in turns])
+        image_of, row = np.repeat(np.arange(len(turns)), [len(own) for own in turns]), count()
         return cls(images=process_images(images, size),
                    input_ids=pad_rows([row.input_ids for row in rows], codec.pad_id)[which],
                    labels=pad_rows([row.labels for row in rows], -100)[which],
                    prompt=torch.tensor([row.labels.count(-100) for row in rows])[which],
                    types=np.array([type_of(*turn) for turn in number])[which],
-                   table=question_table(image_of, len(turns)), image_of=image_of,
+                   table=pad_rows([[next(row) for _ in own] for own in turns], -1).numpy(), image_of=image_of,
                    questions=[question for question, _ in flat], answers=[answer for _, answer in flat])
 
 
 def build_set(data, tokenizer, size=64, captions=False):
-    """A `datasets.Dataset` with columns image, questions, answers -> `VQASet`, with `captions` as further turns.
-
-    Raises `ValueError` for no picture, for questions without answers, and for turns that do not encode."""
+    "A `datasets.Dataset` with columns image, questions, answers -> `VQASet`, with `captions` as further turns."
     text = data.select_columns(["questions", "answers"])[:]
     turns = []
     for i, (questions, answers) in enumerate(zip(text["questions"], text["answers"])):
@@ -149,12 +131,11 @@ def build_set(data, tokenizer, size=64, captions=False):
     if not turns:
         raise ValueError("data: got no pictures, need at least one")
     pictures = (image for part in data.select_columns("image").iter(100) for image in part["image"])
-    return VQASet.encode(pictures, turns, lambda *turn: ROW_TYPES.index(row_type(*turn)), tokenizer, size)
+    return VQASet.encode(pictures, turns, lambda *turn: ROW_TYPES.index(question_type(*turn)), tokenizer, size)
 
 # %% ../../nbs/data/easy_vqa.ipynb #b8c3d97f
 def draw_questions(table, types, weights, count, rng):
     """`count` different rows of each picture, a row as likely as its type's weight (Gumbel top-k) -> (pictures, count).
-
     table (pictures, most): rows of each picture, then -1; types (rows,); one weight a type, 0: last of all. A picture
     with fewer rows repeats the first; one with none, a count below 1 and impossible weights raise `ValueError`."""
     weights = np.asarray(weights, dtype=float)
@@ -177,7 +158,6 @@ PHASES = ((0.0, (3, 6, 0.02, 0.02, 100)), (0.2, (1, 1, 1, 3, 100)))       # shar
 @dataclass
 class VQABatches:
     """`batches[step]`: the `Batch` of some pictures of a `VQASet` and some turns of each, by seed and step alone.
-
     Every pass over the pictures is a new permutation; turns are drawn by the weights of their types."""
     data: VQASet
     steps: int = 1000            # of the whole run, whose phases these are
@@ -197,7 +177,7 @@ class VQABatches:
         step, part = divmod(int(number), self.parts)
         data, rng = self.data, np.random.default_rng((self.seed, step, 1))
         this_pass, place = divmod(step, max(len(data.images) // self.batch_size, 1))
-        order = np.random.default_rng((self.seed, this_pass)).permutation(len(data.images))
+        order = permutation(len(data.images), self.seed, this_pass)
         pictures = order[place * self.batch_size:(place + 1) * self.batch_size]
         if len(pictures) % self.parts:
             raise ValueError(f"batch_size: got {len(pictures)} pictures, need a multiple of {self.parts} parts")
@@ -213,10 +193,3 @@ class VQABatches:
         mask = (torch.arange(labels.shape[1]) < prompt[:, None]) | (labels != -100)
         longest = int(mask.sum(1).max())                                                        # no padding behind it
         return Batch.from_rows(images[own], data.input_ids[rows, :longest], labels[:, :longest], mask[:, :longest])
-
-
-def easy_vqa_batches(tokenizer, split="train", batch_size=32, steps=1000, seed=0, questions=5, phases=PHASES, shift=2,
-                     captions=True, augmented=True):
-    "The `VQABatches` of a split of easy-VQA, by default those of the recipe. augmented: pictures mirrored and moved."
-    data = build_set(load_easy_vqa(split), tokenizer, captions=captions)
-    return VQABatches(data, steps, batch_size, seed, questions, phases, shift if augmented else None)

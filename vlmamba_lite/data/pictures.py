@@ -63,14 +63,10 @@ def process_images(images, size):
     pixels = []
     for image in [images] if isinstance(images, Image.Image) else images:
         if not isinstance(image, Image.Image):
-            got = type(image).__name__
-            raise ValueError(f"images: got {got}, need PIL pictures; `open_image` reads one from a file")
+            raise ValueError(f"images: got {type(image).__name__}, need PIL pictures; `open_image` reads a file")
         if 0 in image.size:
             raise ValueError(f"images: got a picture of {image.width}x{image.height} pixels, need at least 1x1")
-        image = to_rgb(image)
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
-        pixels.append(np.asarray(image))
+        pixels.append(np.asarray(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC)))
     if not pixels:
         raise ValueError("images: got none, need at least one picture")
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
@@ -81,14 +77,13 @@ def normalize(images):
     return images.float() / 127.5 - 1
 
 # %% ../../nbs/data/pictures.ipynb #4c853e71
-def augment(images, rng, shift=2):
+def augment(images, rng, shift=2, mirror=True):
     "images (n, c, h, w) -> alike: half of them mirrored, each moved by up to `shift` pixels, its border repeated."
     if images.ndim != 4 or shift < 0:
-        got = f"shape {tuple(images.shape)} and {shift}"
-        raise ValueError(f"images, shift: got {got}, need (n, c, h, w) and at least 0")
+        raise ValueError(f"images, shift: got shape {(*images.shape,)} and {shift}, need (n, c, h, w) and at least 0")
     n, c, h, w = images.shape
     x, y = (rng.integers(-shift, shift + 1, n)[:, None] for _ in range(2))
-    mirrored = rng.random(n)[:, None] < 0.5
+    mirrored = mirror & (rng.random(n)[:, None] < 0.5)
     columns = (np.where(mirrored, np.arange(w)[::-1], np.arange(w)) + x).clip(0, w - 1)          # (n, w)
     rows = (np.arange(h) + y).clip(0, h - 1)                                                     # (n, h)
     source = torch.from_numpy(rows[:, :, None] * w + columns[:, None]).view(n, 1, h * w)
@@ -107,25 +102,17 @@ COLOR_WORDS = frozenset("""color colors colour colours colored coloured colorful
 def allowed_changes(turns):
     "What may be done to the pictures of a conversation: a set out of 'mirror' and 'color', by the words of its turns."
     text = " ".join(chain.from_iterable(turns)).lower()
-    words, allowed = set(re.findall(r"[a-z]+", text)), set()
-    place = re.search(r"[\[(]\s*-?\d*\.?\d+\s*,", text)                 # as in (0.2, 0.7
-    if not place and not words & SIDE_WORDS:
-        allowed.add("mirror")
-    if not words & COLOR_WORDS:
-        allowed.add("color")
-    return allowed
+    words = set(re.findall(r"[a-z]+", text))
+    side = words & SIDE_WORDS or re.search(r"[\[(]\s*-?\d*\.?\d+\s*,", text)                 # as in (0.2, 0.7
+    return {change for change, said in (("mirror", side), ("color", words & COLOR_WORDS)) if not said}
 
 
 def augment_pictures(images, turns, rng, shift=2, strength=0.3):
     "Pictures of one sample (n, 3, h, w) uint8, moved, and as far as its turns allow mirrored and recoloured."
     allowed = allowed_changes(turns)
-    if "mirror" in allowed and rng.random() < 0.5:
-        images = images.flip(-1)
     if "color" in allowed and rng.random() < 0.5:
         mix = np.eye(3) * (1 - strength) + strength * rng.dirichlet(np.ones(3), 3)        # rows sum to 1
         mixed = torch.einsum("ck,nkhw->nchw", torch.from_numpy(mix).float(), images.float())
         images = mixed.round().clamp(0, 255).to(torch.uint8)
-    x, y = rng.integers(-shift, shift + 1, 2).tolist()
-    h, w = images.shape[-2:]
-    rows, columns = (torch.arange(n).add(d).clamp(0, n - 1) for n, d in ((h, y), (w, x)))
-    return images[:, :, rows][:, :, :, columns]
+    moved = augment(images.flatten(0, 1)[None], rng, shift, "mirror" in allowed)     # all of them alike
+    return moved.view_as(images)

@@ -4,37 +4,34 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'MARK', 'USUAL', 'safe_path', 'picture_list', 'pair_messages', 'read_record', 'guess_columns',
-           'ConversationSet', 'parse_json', 'llava_set', 'undecoded', 'hub_set', 'picture_keys', 'split_by_image']
+           'ConversationSet', 'parse_json', 'llava_set', 'undecoded', 'hub_set']
 
 # %% ../../nbs/data/records.ipynb #74e28c0a
-import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-import numpy as np
 from PIL import Image
 
-from .batches import Tally, attempt
 from .conversations import Conversation, SampleError, check_conversation, sample_error
 
 # %% ../../nbs/data/records.ipynb #d6f2b432
 def safe_path(root, name, sample, absolute=False):
     "The file `name` under `root`, links resolved. `SampleError` for a path out of the root, and one that is absolute."
+    said = f"image: got the path {name!r}"
     if root is None:
-        text = f"image: got the path {name!r} and no root folder; need one under which pictures lie"
-        raise sample_error(sample, "image", text)
+        raise sample_error(sample, "image", f"{said} and no root folder; need one under which pictures lie")
     parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
     anchored = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
     if (anchored and not absolute) or ".." in parts or "\0" in name or not parts:
-        raise sample_error(sample, "image", f"image: got the path {name!r}, need a relative one without '..'")
+        raise sample_error(sample, "image", f"{said}, need a relative one without '..'")
     try:
-        root = Path(root).resolve()
-        path = (root / name).resolve()
+        path = (Path(root) / name).resolve()
+        inside = path.is_relative_to(Path(root).resolve())
     except (OSError, RuntimeError) as error:                       # a link that leads to itself
-        raise sample_error(sample, "image", f"image: the path {name!r} leads nowhere: {error}") from None
-    if not path.is_relative_to(root):
-        raise sample_error(sample, "image", f"image: the path {name!r} leads out of the root folder")
+        raise sample_error(sample, "image", f"{said}, which leads nowhere: {error}") from None
+    if not inside:
+        raise sample_error(sample, "image", f"{said}, which leads out of the root folder")
     return path
 
 
@@ -43,11 +40,10 @@ def picture_list(value, sample, root):
     images = []
     for image in [] if value is None else value if isinstance(value, list | tuple) else [value]:
         stored = isinstance(image, dict)
-        if stored:
-            image = image if image.get("bytes") else image.get("path")
+        if stored and not image.get("bytes"):
+            image = image.get("path")
         if not isinstance(image, str | Path | dict | Image.Image):
-            got = type(image).__name__
-            raise sample_error(sample, "image", f"image: got {got}, need a path, a PIL picture, or bytes")
+            raise sample_error(sample, "image", f"image: got {type(image).__name__}, need a path, PIL picture or bytes")
         images.append(safe_path(root, str(image), sample, stored) if isinstance(image, str | Path) else image)
     return images
 
@@ -76,8 +72,7 @@ def pair_messages(messages, sample):
 def read_record(record, columns, sample, root=None):
     "A record (a dict) -> `Conversation`, checked but for the content of its pictures. Raises a `SampleError`."
     if not isinstance(record, dict):
-        text = f"got {type(record).__name__}, need an object with {sorted(columns.values())}"
-        raise sample_error(sample, "record", text)
+        raise sample_error(sample, "record", f"got {type(record).__name__}, need fields {list(columns.values())}")
     images = picture_list(record.get(columns.get("images")), sample, root)
     if "turns" in columns:
         turns = pair_messages(record.get(columns["turns"]), sample)
@@ -103,8 +98,7 @@ USUAL = {"images": ("images", "image"), "turns": ("conversations", "texts", "mes
 
 def guess_columns(names):
     "A column map {'images', 'turns' or 'questions' and 'answers', 'name'} from the usual names, else `ValueError`."
-    found = {key: next((n for n in options if n in names), None) for key, options in USUAL.items()}
-    found = {key: name for key, name in found.items() if name is not None}
+    found = {key: n for key, usual in USUAL.items() for n in reversed(usual) if n in names}     # the first name wins
     if "turns" not in found and not {"questions", "answers"} <= set(found):
         need = "a map of 'images' and 'turns', or of 'questions' and 'answers', to names"
         raise ValueError(f"columns: got {sorted(names)}, need {need}")
@@ -119,22 +113,16 @@ class ConversationSet:
     label: str = "data"
     root: object = None                   # the folder under which paths of pictures lie
     repeated: frozenset = frozenset()     # positions whose id came before
-    which: object = None                  # the records that belong to this set, all by default
 
     def __len__(self):
-        return len(self.records) if self.which is None else len(self.which)
-
-    def select(self, indices):
-        "The set of these positions only."
-        return replace(self, which=np.asarray(indices) if self.which is None else np.asarray(self.which)[indices])
+        return len(self.records)
 
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(i)
-        i = int(i if self.which is None else self.which[i])
         sample = f"{i} of {self.label}"
         try:
-            record = self.records[i]
+            record = self.records[int(i)]
         except Exception as error:                                     # a damaged file of a data set
             raise sample_error(sample, "record", f"cannot be read: {error}") from error
         if isinstance(record, SampleError):
@@ -159,8 +147,7 @@ def parse_json(content, name):
 
 
 def llava_set(path, root=None, unique=True):
-    """LLaVA's records in a .json, or a .jsonl with one a line -> `ConversationSet`. root: the folder of their pictures.
-
+    """LLaVA's records in a .json, or a .jsonl with one a line -> `ConversationSet`. root: the folder of their pictures;
     unique: records whose id came before are errors. Raises a `ValueError` for a file that holds something else."""
     path, columns = Path(path), {"images": "image", "turns": "conversations", "name": "id"}
     if path.suffix == ".jsonl":
@@ -197,44 +184,7 @@ def undecoded(data):
 
 
 def hub_set(data, columns=None, label="data", root=None, decode=False):
-    """A `datasets.Dataset` -> `ConversationSet`. columns: a map as of `guess_columns`, which is asked without one.
-
+    """A `datasets.Dataset` -> `ConversationSet`. columns: a map as of `guess_columns`, which is asked without one;
     decode: let `datasets` open pictures, from wherever its rows say; for archives whose source you trust."""
     columns = columns or guess_columns(data.column_names)
     return ConversationSet(data if decode else undecoded(data), columns, label, root)
-
-# %% ../../nbs/data/records.ipynb #9c78c476
-def picture_keys(conversation):
-    "A key for each picture: its path, or a hash of its content. The sample's name where it has no picture."
-    def key(image):
-        if isinstance(image, Path):
-            return str(image)
-        if isinstance(image, dict):
-            return hashlib.sha256(image["bytes"]).hexdigest()
-        return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
-    return [key(image) for image in conversation.images] or [conversation.name]
-
-
-def split_by_image(data, share=0.1, seed=0, on_error="raise", tally=None):
-    """Positions for (training, validation): about `share` of the groups of pictures in validation, none on both sides.
-
-    on_error: as of `attempt`. Raises `ValueError` for a share that is not between 0 and 1."""
-    if not 0 < share < 1:
-        raise ValueError(f"share: got {share}, need a number between 0 and 1")
-    leader, own, tally = {}, {}, Tally() if tally is None else tally
-
-    def find(key):
-        while leader.setdefault(key, key) != key:
-            key = leader[key]
-        return key
-
-    for i in range(len(data)):
-        conversation = attempt(lambda: data[i], tally, on_error)                 # noqa: B023 - called at once
-        if conversation is not None:
-            own[i], *others = picture_keys(conversation)
-            for other in others:
-                first, second = sorted((find(own[i]), find(other)))
-                leader[second] = first                                           # the smallest key leads, in any order
-    chance = {i: hashlib.sha256(f"{seed} {find(key)}".encode()).digest() for i, key in own.items()}
-    held = {i for i, digest in chance.items() if int.from_bytes(digest[:8], "big") < share * 2**64}
-    return [i for i in own if i not in held], [i for i in own if i in held]
