@@ -34,7 +34,7 @@ def skipped_flags():
 def run_notebook(path, quick=True):
     """Runs the cells `nbdev_test` would run; returns the notebook with its new outputs (skipped cells keep theirs) and the error, if any.
 
-    quick sets $IN_TEST, under which the last chapter trains for seconds and not for minutes.
+    quick: $IN_TEST is set, and in a cell under `#| in_test: a -> b` b stands for a, so that nothing trains for minutes.
     """
     words, skip, nb = directives(path), skipped_flags(), read_nb(path)
 
@@ -46,8 +46,13 @@ def run_notebook(path, quick=True):
     for cell in nb.cells:
         if cell.cell_type == "code" and not no_run(cell):
             cell["outputs"] = []                        # a cell that prints nothing any more must not keep its old output
+    written = {}
     if quick:
         os.environ["IN_TEST"] = "1"
+        for cell in nb.cells:
+            if change := words.get(cell.idx_, {}).get("in_test:"):
+                old, _, new = " ".join(change).partition(" -> ")
+                written[cell.idx_], cell.source = cell.source, cell.source.replace(old, new)
     sys.path.insert(0, str(ROOT))
     shell = CaptureShell(path, mpl_format="png")
     try:
@@ -57,6 +62,8 @@ def run_notebook(path, quick=True):
         return nb, shell.prettytb(fname=path)
     finally:
         os.environ.pop("IN_TEST", None)
+        for cell in nb.cells:
+            cell["source"] = written.get(cell.idx_, cell.source)
     return nb, None
 
 

@@ -11,15 +11,23 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vlmamba_lite import data as D
-from vlmamba_lite.data.batches import Batch
-from vlmamba_lite.data.easy_vqa import VQABatches
+from vlmamba_lite.data.conversations import EOS, UNK, Conversation, build_tokenizer, encode_conversation
+from vlmamba_lite.data.batches import Batch, pad_rows
+from vlmamba_lite.data.easy_vqa import VQABatches, VQASet
+from vlmamba_lite.data.pictures import normalize, process_images
+from vlmamba_lite.data.sort_of_clevr import (CLEVR_COLORS, NON_RELATIONAL, RELATIONAL, SortOfClevr, random_scene,
+                                             scene_answer)
 from vlmamba_lite.evaluation import ablations as T
 from vlmamba_lite.evaluation import grid as A
 from vlmamba_lite.evaluation.answers import answer_all
 from vlmamba_lite.training.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def encode_turn(tokenizer, question, answer):
+    row, = encode_conversation(Conversation(repr(question), [], [(question, answer)]), tokenizer, "lite")
+    return row.input_ids, row.labels
 
 
 # ---- statistics ----
@@ -72,7 +80,7 @@ def test_intervals_cover_as_often_as_they_say():
 
 # ---- rows ----
 
-WORDS = D.build_tokenizer(["is it red?", "yes no"])
+WORDS = build_tokenizer(["is it red?", "yes no"])
 
 
 def batch(pictures=2, questions=2):
@@ -156,9 +164,9 @@ def test_question_first_is_one_sequence(mixer, monkeypatch):
     model = A.build_row("mine", WORDS).double().eval()
     images = batch()[0].double()
     turns = [("is red?", "yes"), ("is it red is it?", "no no"), ("red?", "yes"), ("is it?", "yes yes yes")]
-    ids, labels = zip(*(D.encode_turn(WORDS, *turn) for turn in turns))
+    ids, labels = zip(*(encode_turn(WORDS, *turn) for turn in turns))
     prompt = [row.count(-100) for row in labels]
-    output = model(Batch.from_rows(images, D.pad_rows(ids, 0), D.pad_rows(labels, -100)))
+    output = model(Batch.from_rows(images, pad_rows(ids, 0), pad_rows(labels, -100)))
     losses = []
     for i, own in enumerate(ids):
         want = naive_question_first(model, images[i // 2:i // 2 + 1], torch.tensor(own), prompt[i])
@@ -168,19 +176,19 @@ def test_question_first_is_one_sequence(mixer, monkeypatch):
 
 
 def test_question_first_answers_are_its_own_greedy_words():
-    data = D.VQASet(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), *[None] * 8)
+    data = VQASet(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), *[None] * 8)
     turns = [("is it red?", "yes"), ("red?", "no"), ("is it?", "yes")]
-    ids, labels = zip(*(D.encode_turn(WORDS, *turn) for turn in turns))
-    data = replace(data, input_ids=D.pad_rows(ids, 0), labels=D.pad_rows(labels, -100), prompt=torch.tensor([4, 2, 3]), types=np.zeros(3, int),
+    ids, labels = zip(*(encode_turn(WORDS, *turn) for turn in turns))
+    data = replace(data, input_ids=pad_rows(ids, 0), labels=pad_rows(labels, -100), prompt=torch.tensor([4, 2, 3]), types=np.zeros(3, int),
                    table=np.array([[0, 1], [2, -1]]), questions=[q for q, _ in turns], answers=[a for _, a in turns], image_of=np.array([0, 0, 1]))
     model = A.build_row("question_first", WORDS, 3)
     got = answer_all(model, data, batch_size=2, start=A.after_question)
     for row, text in enumerate(got):
-        words, image = list(ids[row][:data.prompt[row]]), D.normalize(data.images[data.image_of[row]][None])
+        words, image = list(ids[row][:data.prompt[row]]), normalize(data.images[data.image_of[row]][None])
         for _ in range(3):
             words.append(int(naive_question_first(model.eval(), image, torch.tensor(words), int(data.prompt[row]))[-1].argmax()))
         new = words[data.prompt[row]:]
-        stop = new.index(WORDS.token_to_id(D.EOS)) if WORDS.token_to_id(D.EOS) in new else None
+        stop = new.index(WORDS.token_to_id(EOS)) if WORDS.token_to_id(EOS) in new else None
         assert text == WORDS.decode(new[:stop], skip_special_tokens=False) + ("" if stop is not None else " ...")
 
 
@@ -196,11 +204,11 @@ def clevr():
 
 
 def test_the_set_is_the_one_of_the_course(clevr):
-    records = D.SortOfClevr(12, seed=3)
+    records = SortOfClevr(12, seed=3)
     for i in range(12):
         own = [(clevr.questions[r], clevr.answers[r]) for r in clevr.table[i] if r >= 0 and clevr.types[r] < 3]
         assert own == list(zip(records[i]["questions"], records[i]["answers"]))
-        assert torch.equal(clevr.images[i], D.process_images([records[i]["image"]], 64)[0])
+        assert torch.equal(clevr.images[i], process_images([records[i]["image"]], 64)[0])
     assert set(A.clevr_set(12, seed=3).questions) <= set(A.CLEVR_QUESTIONS)
 
 
@@ -210,26 +218,26 @@ def test_rows_decode_to_their_turns(clevr):
         ids, prompt = clevr.input_ids[row], int(clevr.prompt[row])
         assert words.decode(ids[:prompt].tolist()) == re.sub(r"\?", " ?", clevr.questions[row])
         assert words.decode(clevr.labels[row][clevr.labels[row] != -100].tolist()) == clevr.answers[row]
-    assert words.token_to_id(D.UNK) not in clevr.input_ids
+    assert words.token_to_id(UNK) not in clevr.input_ids
 
 
 @pytest.mark.parametrize("first", range(6))
 def test_lists_say_what_the_questions_say(first):
-    colors = "|".join(D.CLEVR_COLORS)
+    colors = "|".join(CLEVR_COLORS)
     for seed in range(12):
-        scene = D.random_scene(np.random.default_rng((seed, first)))
+        scene = random_scene(np.random.default_rng((seed, first)))
         said, turns = {}, A.scene_lists(scene, first)
         assert [q.split()[0] for q, _ in turns] == ["describe"] * 2 + ["list"] * 3
-        assert turns[4][0] == "list " + D.RELATIONAL["count"].format(list(D.CLEVR_COLORS)[first])        # numbers have no ties
+        assert turns[4][0] == "list " + RELATIONAL["count"].format(list(CLEVR_COLORS)[first])        # numbers have no ties
         for question, text in turns:
-            kinds = list(D.NON_RELATIONAL) if question == "describe" else [A.CLEVR_QUESTIONS[question.removeprefix("list ")]]
+            kinds = list(NON_RELATIONAL) if question == "describe" else [A.CLEVR_QUESTIONS[question.removeprefix("list ")]]
             begin = [] if question == "describe" else [re.search(colors, question)[0]]
             parts = [*begin, *(part.strip() for part in re.split(rf"\b({colors})\b", text) if part.strip())]
             for color, words in zip(parts[::2], parts[1::2], strict=True):
                 said |= {(kind, color): word for kind, word in zip(kinds, words.split(), strict=True)}
-        for i, color in enumerate(D.CLEVR_COLORS):
-            for kind in (*D.NON_RELATIONAL, *D.RELATIONAL):
-                assert said.get((kind, color)) == D.scene_answer(scene, kind, i)
+        for i, color in enumerate(CLEVR_COLORS):
+            for kind in (*NON_RELATIONAL, *RELATIONAL):
+                assert said.get((kind, color)) == scene_answer(scene, kind, i)
 
 
 def test_scores_by_hand(clevr):
@@ -585,10 +593,11 @@ def test_a_number_that_was_typed_in_is_found():
     assert not typed_in("Markdown(table(result))", "| a | 12.34 |")
 
 
-def test_the_last_chapter_shows_the_run_on_file():
-    "Chapter 21 shows the recorded run of seed 3; what it prints is what the file of that seed says."
-    cells = nbformat.read(ROOT / "nbs" / "21_train_vlmamba.ipynb", as_version=4).cells
+def test_the_chapter_on_answers_shows_the_runs_on_file():
+    cells = nbformat.read(ROOT / "nbs" / "evaluation" / "18_answers.ipynb", as_version=4).cells
     printed = "".join("".join(o.get("text", "")) for c in cells for o in c.get("outputs", []) if o.output_type == "stream")
-    result = json.loads((ROOT / "data" / "results" / "train_lite_seed3.json").read_text(encoding="utf-8"))
-    for name, share in {**result["accuracy_by_type"], **{f"floor: {k}": v for k, v in result["floors"].items()}}.items():
-        assert f"{100 * share:6.2f} %  {name}" in printed
+    for path in sorted((ROOT / "data" / "results").glob("train_lite_seed?.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert f"seed {result['seed']}: {100 * result['test_accuracy']:.2f} %" in printed
+        for name, share in result["floors"].items():
+            assert f"{100 * share:6.2f} %  {name}" in printed

@@ -65,7 +65,7 @@ def listening(mixer, x, path):
     u = mixer.in_proj(x[:, path]).chunk(2, -1)[0]
     u = torch.nn.functional.silu(mamba.causal_conv1d(u, mixer.conv1d.weight, mixer.conv1d.bias)[0])
     dt, B, C = mixer.x_proj(u).split([mixer.dt_rank, mixer.d_state, mixer.d_state], -1)
-    dt, A = mixer.dt_proj(dt), -torch.exp(mixer.A_log)
+    dt, A = F.linear(dt, mixer.dt_proj.weight, mixer.dt_proj.bias), -torch.exp(mixer.A_log)
     M = torch.autograd.functional.jacobian(
         lambda v: selective_scan(v.T[None], dt.mT, A, B.mT, C.mT, delta_softplus=True)[0].T, u[0])     # (L, D, L, D)
     M = torch.stack([M[:, d, :, d] for d in range(D)]).abs().mean(0)

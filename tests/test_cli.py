@@ -277,8 +277,8 @@ def test_the_seed_draws_the_first_weights(few):
 # train: settings
 
 def settings_of(*layers):
-    from vlmamba_lite.cli.settings import resolve
-    return resolve(*layers)[0].model_dump()
+    from vlmamba_lite.cli.settings import resolve_settings
+    return resolve_settings(*layers)[0].model_dump()
 
 
 def test_the_later_setting_wins(tmp_path):
@@ -310,18 +310,18 @@ def test_settings_bring_their_recipe():
 def test_resolved_settings_are_settings():
     import yaml
 
-    from vlmamba_lite.cli.settings import as_yaml, resolve
+    from vlmamba_lite.cli.settings import as_yaml, resolve_settings
     for layer in ({}, {"preset": "ml-mamba-2.7b", "data": "a.json", "training": {"instruct": {"ema": 0.99}}}, {"preset": "tiny", "data": ["a", "b"]}):
-        settings, stages = resolve(layer)
-        again, same = resolve(yaml.safe_load(as_yaml(settings)))
+        settings, stages = resolve_settings(layer)
+        again, same = resolve_settings(yaml.safe_load(as_yaml(settings)))
         assert as_yaml(again) == as_yaml(settings) and same == stages
-        assert resolve(json.loads(settings.model_dump_json()))[1] == stages
+        assert resolve_settings(json.loads(settings.model_dump_json()))[1] == stages
 
 
 def test_numbers_as_people_write_them():
-    from vlmamba_lite.cli.settings import parse_change, resolve
+    from vlmamba_lite.cli.settings import parse_change, resolve_settings
     change = parse_change("training.lr=1e-4")                 # YAML takes 1e-4 for a text
-    assert resolve(change)[1][0].lr == 1e-4 and resolve({"training": {"betas": [0.9, "9.5e-1"]}})[1][0].betas[0] == 0.9
+    assert resolve_settings(change)[1][0].lr == 1e-4 and resolve_settings({"training": {"betas": [0.9, "9.5e-1"]}})[1][0].betas[0] == 0.9
     assert settings_of({"easy_vqa": {"questions": 3}})["easy_vqa"]["questions"] == 3
 
 
@@ -638,7 +638,7 @@ def test_bench_prefix_writes_a_result(tmp_path, small, make_model, monkeypatch):
 def test_bench_writes_what_it_measured(tmp_path, monkeypatch, name):
     import torch
 
-    from vlmamba_lite import benchmark
+    from vlmamba_lite.evaluation import benchmarks as benchmark
     row = dict(shape=(2, 3), peer="transformers", ratio=12.34)
     monkeypatch.setattr(benchmark, f"bench_{name}", lambda **given: {"peers": [row], "given": given})
     threads = torch.get_num_threads()
@@ -654,7 +654,7 @@ def test_bench_writes_what_it_measured(tmp_path, monkeypatch, name):
 
 
 def test_bench_without_the_peer(monkeypatch):
-    from vlmamba_lite import benchmark
+    from vlmamba_lite.evaluation import benchmarks as benchmark
     monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
     said = vlmamba("bench", "ssd", "--output", "cost.json")
     assert said.code == 2 and "compares with transformers, which is not installed: pip install transformers" in said.err, said
@@ -807,11 +807,11 @@ def interrupted(speaker, monkeypatch, when):
         signal.raise_signal(signal.SIGINT)
         return hidden(*args, **kwargs)
     chat = speaker.model.chat()
-    def has_read(ids, read=chat.read):
+    def has_read(ids, read=chat._read):
         read(ids)
         signal.raise_signal(signal.SIGINT)
     if when == "has read":
-        monkeypatch.setattr(chat, "read", has_read)
+        monkeypatch.setattr(chat, "_read", has_read)
     else:
         monkeypatch.setattr(language, *(("hidden", reading) if when == "reading" else ("stream", stopped)))
     return chat

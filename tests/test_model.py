@@ -19,14 +19,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
 
-from vlmamba_lite.data import batches as D
+from vlmamba_lite.data.batches import collate, collate_by_image, collate_packed
 from vlmamba_lite.connectors.attention_maps import connector_maps
 from vlmamba_lite.data.conversations import (EOS, Conversation, Row, ask_ids, byte_tokenizer, encode_conversation,
                                              encode_prompt)
 from vlmamba_lite.data.pictures import normalize, process_images
+from vlmamba_lite.evaluation.answers import answer
 from vlmamba_lite.files import SWITCH, load_weights, save_together, saved_files, tensors_in, write_atomically
 from vlmamba_lite.language.model import MambaConfig, load_state, next_token_loss, save_state
-from vlmamba_lite.model.presets import CONNECTORS, MODEL_PRESETS, VLMambaConfig, lite_config, tiny_config
+from vlmamba_lite.connectors.connectors import CONNECTORS
+from vlmamba_lite.model.presets import MODEL_PRESETS, VLMambaConfig, lite_config, tiny_config
 from vlmamba_lite.model.saving import load_connector, model_card, model_files, read_config
 from vlmamba_lite.model.vlmamba import VLMamba, picture_tokens
 from vlmamba_lite.connectors.msc import MambaScanConnector
@@ -150,9 +152,9 @@ def test_loss_by_hand(make_model, small):
 
 # Batches of any layout: several pictures a text, none, or texts that share a line
 
-LAYOUTS = {"plain": D.collate, "by image": D.collate_by_image, "packed": D.collate_packed,
-           "packed wide": lambda rows, pad: D.collate_packed(rows, pad, 4 * max(len(row.input_ids) for row in rows)),
-           "one line": lambda rows, pad: D.collate_packed(rows, pad, sum(len(row.input_ids) for row in rows))}
+LAYOUTS = {"plain": collate, "by image": collate_by_image, "packed": collate_packed,
+           "packed wide": lambda rows, pad: collate_packed(rows, pad, 4 * max(len(row.input_ids) for row in rows)),
+           "one line": lambda rows, pad: collate_packed(rows, pad, sum(len(row.input_ids) for row in rows))}
 
 
 def random_rows(count, seed, pictures=True):
@@ -200,7 +202,7 @@ def test_every_layout_gives_the_loss_and_the_gradients_of_one_text_at_a_time(mak
 
 def test_packed_texts_do_not_go_on_from_their_neighbours(make_model):
     model = make_model(n_layer=2, embedding_std=0.5).eval()
-    batch = D.collate_packed(random_rows(6, 1, pictures=False), 0, 200)
+    batch = collate_packed(random_rows(6, 1, pictures=False), 0, 200)
     assert len(batch.input_ids) == 1 and len(batch.prefix_of) == 6
     leaking = model.language(batch.input_ids, mask=batch.mask, labels=batch.labels).loss
     assert (leaking - model(batch).loss).abs() > 1e-4
@@ -458,36 +460,30 @@ def test_an_answer_that_is_not_waited_for():
 def test_a_batch_of_questions_is_each_alone(mixer):
     model, (a, b, c) = talker(mixer, torch.float64), photos()
     questions = ["Who?", "What is this, and why is it here?", "A", "Where is the other one?"]
-    assert model.ask_all(a, questions, 6) == [model.ask(a, question, 6) for question in questions]
+    assert answer(model, [(a, question) for question in questions], max_new_tokens=6) == [model.ask(a, question, 6) for question in questions]
     state = model.read_image(b)
     g = torch.Generator().manual_seed(0)
     wild = [[type(s)(*(t if t.dtype == torch.bool else 3 * torch.randn(t.shape, generator=g, dtype=t.dtype) for t in s)) for s in state]
             for _ in questions]                                                        # as different as pictures can be
     for images in (state, [a, state, c, a], wild):
         each = images if images is not state else [state] * 4
-        assert model.ask_all(images, questions, 6) == [model.ask(image, question, 6) for image, question in zip(each, questions)]
-    assert len(set(model.ask_all(wild, ["Who?"] * 4, 12))) == 4                         # each its own
+        assert answer(model, list(zip(each, questions)), max_new_tokens=6) == [model.ask(image, question, 6) for image, question in zip(each, questions)]
+    assert len(set(answer(model, [(state, "Who?") for state in wild], max_new_tokens=12))) == 4                         # each its own
 
 
 def test_a_batch_reads_each_picture_once(make_model, monkeypatch):
     model, (a, b, _) = make_model().eval(), photos()
     calls, read = [], model.read
-    monkeypatch.setattr(model, "read", lambda *args: (calls.append(1), read(*args))[1])
-    answers = model.ask_all([a, b, a, a], [QUESTION, QUESTION, "is there a circle?", QUESTION])
-    assert len(calls) == 2 and answers[0] == answers[3]
-    with pytest.raises(ValueError, match="^images: got 2 for 3 questions, need one for all or one for each$"):
-        model.ask_all([a, b], [QUESTION] * 3)
-    with pytest.raises(ValueError, match="^images: got str for 1 questions"):
-        model.ask_all("a.png", [QUESTION])
-    with pytest.raises(ValueError, match="^questions: got none, need at least one$"):
-        model.ask_all(a, [])
+    monkeypatch.setattr(model, "read", lambda *args: (calls.append(len(args[0])), read(*args))[1])
+    answers = answer(model, list(zip([a, b, a, a], [QUESTION, QUESTION, "is there a circle?", QUESTION])))
+    assert calls == [2] and answers[0] == answers[3]
 
 
 @pytest.mark.parametrize("other", [dict(mixer="mamba"), dict(n_layer=3), dict(mixer="attention")], ids=str)
 def test_a_state_of_another_model(other):
     model, state = talker(), talker(**other).read_image(picture())
     calls = (lambda: model.ask(state, "Who?"), lambda: model.chat(state=state), lambda: model.read_image(picture(), state),
-             lambda: model.ask_all([state], ["Who?"]), lambda: model.chat(state))
+             lambda: answer(model, [(state, "Who?")]), lambda: model.chat(state))
     for call in calls:
         with pytest.raises(ValueError, match="^state: got .* need 2 of Mamba2State .*; it is from another model$") as error:
             call()

@@ -15,8 +15,10 @@ from vlmamba_lite.evaluation.cost import peak_bytes
 from vlmamba_lite.data.conversations import byte_tokenizer
 from vlmamba_lite.language.model import MambaConfig
 from vlmamba_lite.model.memory import count_parameters, memory_estimate, memory_table, meta_model, parameter_table, whole_part
-from vlmamba_lite.model.presets import (ABLATIONS, CONNECTORS, LANGUAGE_MODELS, MODEL_PRESETS, PAPER_PRESETS, VISION_ENCODERS, VLMambaConfig,
-                                        check_connector, language_config, override, preset_config, vision_spec)
+from vlmamba_lite.connectors.connectors import CONNECTORS
+from vlmamba_lite.model.presets import (ABLATIONS, LANGUAGE_MODELS, MODEL_PRESETS, PAPER_PRESETS, VISION_ENCODERS,
+                                        VLMambaConfig, check_connector, language_config, override, preset_config,
+                                        vision_spec)
 from vlmamba_lite.model.saving import find_tokenizer, load_connector
 from vlmamba_lite.model.vlmamba import VLMamba
 from vlmamba_lite.training.optimizers import build_optimizers

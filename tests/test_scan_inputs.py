@@ -6,7 +6,7 @@ import pytest
 import torch
 from scan_cases import OURS, cast, draw
 
-from vlmamba_lite.ops.selective_scan import selective_scan as scan_module
+import vlmamba_lite.ops.selective_scan as scan_module
 from vlmamba_lite.ops.selective_scan import backends, selective_scan
 from vlmamba_lite.ops.chunked import selective_scan_chunked
 from vlmamba_lite.ops.reference import check_scan_inputs

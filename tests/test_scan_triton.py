@@ -99,7 +99,7 @@ def test_the_library_works_without_triton(tmp_path):
 
 
 def test_the_door_takes_triton_for_cuda_tensors(monkeypatch):
-    from vlmamba_lite.ops.selective_scan import selective_scan as module
+    import vlmamba_lite.ops.selective_scan as module
 
     class OnCuda(torch.Tensor):
         is_cuda = True

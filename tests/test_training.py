@@ -17,7 +17,7 @@ from torch import nn
 
 from vlmamba_lite.data.easy_vqa import VQABatches
 from vlmamba_lite.files import tensors_in
-from vlmamba_lite.model.presets import CONNECTORS
+from vlmamba_lite.connectors.connectors import CONNECTORS
 from vlmamba_lite.model.vlmamba import VLMamba
 from vlmamba_lite.training import results
 from vlmamba_lite.training.checkpoints import latest_checkpoint, read_state, write_folder

@@ -772,6 +772,7 @@ def test_import_is_light():
 def test_whole_model_with_a_pretrained_encoder(name, small, tmp_path):
     "Trained one step, saved, loaded without the Hub, asked: the tower keeps its weights and its own preparation of pictures."
     pytest.importorskip("transformers")
+    from vlmamba_lite.data.batches import Batch
     from vlmamba_lite.data.pictures import normalize
     from vlmamba_lite.model.presets import tiny_config
     from vlmamba_lite.model.vlmamba import VLMamba
@@ -786,7 +787,7 @@ def test_whole_model_with_a_pretrained_encoder(name, small, tmp_path):
     before = {key: p.clone() for key, p in model.vision.state_dict().items()}
     data = small.data
     images = normalize(data.images[:2])
-    loss = model(images, data.input_ids[:2], data.labels[:2]).loss
+    loss = model(Batch.from_rows(images, data.input_ids[:2], data.labels[:2])).loss
     loss.backward()
     for optimizer in build_optimizers(model, pick_recipe("lite")[0]):
         optimizer.step()

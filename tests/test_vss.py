@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import vlmamba_lite.layers.mamba as mamba
+import vlmamba_lite.ops.selective_scan as scan
 from vlmamba_lite.connectors import vss
 from vlmamba_lite.connectors.vss import PATHS, SCANS, VSS, cross_merge, cross_scan, scan_order, unscan, vss_definition
-from vlmamba_lite.layers import mamba
 from vlmamba_lite.layers.mamba import Mamba
-from vlmamba_lite.ops import selective_scan as scan_module
 
 few = settings(deadline=None, max_examples=25, derandomize=True, database=None)
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -205,7 +205,7 @@ def test_backend_is_passed_through(shared):
 
 @pytest.mark.parametrize("make", [VSS, lambda *a, **k: VSS(*a, shared=False, **k)])
 def test_the_fused_kernel_named_where_it_cannot_run_says_so(make, monkeypatch):
-    monkeypatch.setitem(scan_module._BACKENDS, "triton", (None, lambda: "there is no such card"))
+    monkeypatch.setitem(scan._BACKENDS, "triton", (None, lambda: "there is no such card"))
     with pytest.raises(RuntimeError, match="^backend 'triton' cannot run here: there is no such card"):
         make(8, backend="triton")(torch.randn(1, 6, 8), (2, 3))
 

@@ -165,10 +165,15 @@ def _read_tensor(path, name):
 
 def _unpickled(path):
     "The tensors of a pickle by name, mapped and not read where possible. ValueError if it holds anything else."
-    with naming(path):                                   # very old files cannot be mapped
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-            raise ValueError("got a pickle of something else, need tensors by name")
+    try:
+        mmap = zipfile.is_zipfile(path)                  # very old files cannot be mapped
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:                           # truncated or foreign bytes end in any of six kinds of error
+        raise ValueError(f"{path}: got a file that is damaged or holds more than tensors, need only tensors") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise ValueError(f"{path}: got a pickle of something else, need tensors by name")
     return tensors
 
 

@@ -16,7 +16,7 @@ import typer
 from rich.table import Table
 from .options import Names, Seed, Threads, clean_errors, console, option
 
-# %% ../../nbs/cli/bench.ipynb #3d184ac2
+# %% ../../nbs/cli/bench.ipynb #149ca753
 bench = typer.Typer(no_args_is_help=True, help="Measure, and write a result file.")
 BENCHES = {                                                              # name -> (repeats, help)
     "scan": (5, "The selective scan: against transformers and mamba.py, compiled, and against the length."),
@@ -34,10 +34,10 @@ def record(name, output, threads, **settings):
     "Runs `bench_<name>`, writes its result file and prints its comparisons."
     with clean_errors():
         import torch
-        from vlmamba_lite import benchmark
+        from vlmamba_lite.evaluation import benchmarks
         from vlmamba_lite.training.results import write_result
         torch.set_num_threads(threads)
-        result = getattr(benchmark, f"bench_{name}")(**settings)
+        result = getattr(benchmarks, f"bench_{name}")(**settings)
         path = output or Path("data/results") / f"bench_{name}.json"
         write_result(path, benchmark=name, threads=threads, **settings, **result)
     for row in result.get("peers", []):
@@ -56,7 +56,7 @@ def add_bench(name, usual, text):
 for name, (usual, text) in BENCHES.items():
     add_bench(name, usual, text)
 
-# %% ../../nbs/cli/bench.ipynb #d66349f6
+# %% ../../nbs/cli/bench.ipynb #925335ec
 @bench.command("training")
 def training_bench(preset: Size = "vl-mamba-2.8b", rows: option(int, "rows in a micro-batch", "N", min=1) = 8,
                    length: option(int, "tokens of text in a row", "N", min=2) = 512,
@@ -84,9 +84,9 @@ def kernels_bench(
     with clean_errors():
         if find_spec("triton") is None:
             raise ValueError("bench kernels needs triton, which is not installed")
-        from vlmamba_lite import scan_triton
+        from vlmamba_lite.evaluation import kernels
         from vlmamba_lite.training.results import write_result
-        result = scan_triton.bench_kernels(shape, case)
+        result = kernels.bench_kernels(shape, case)
         path = output or Path("data/results") / f"kernels_{'gpu' if 'times' in result else 'static'}.json"
         write_result(path, benchmark="kernels", **result)
     if "times" in result:
@@ -104,7 +104,7 @@ def kernels_bench(
     console.print(table)
     console.print(f"the result is in {path}", soft_wrap=True, markup=False)
 
-# %% ../../nbs/cli/bench.ipynb #eafb9953
+# %% ../../nbs/cli/bench.ipynb #403b1d90
 @bench.command("prefix")
 def prefix_bench(output: ResultFile = Path("data/results/prefix_reuse.json"), seed: Seed = 0, repeats: Repeats = 7):
     "What reading a picture once for all its questions saves, in one training step."
@@ -138,12 +138,13 @@ def loader_bench(output: ResultFile = Path("data/results/bench_loader.json"), se
         from vlmamba_lite.training.results import write_result
         torch.set_num_threads(1)
         model, sets = runs.prepare("lite", seed)
-        stage, = pick_recipe("lite")
-        drawn = VQABatches(sets["train"], stage.steps, 16, seed, questions=4)
-        learner, optimizers, learning, making = Learner(model.train()), build_optimizers(model, stage), [], []
+        [stage] = pick_recipe("lite")
+        optimizers, processes, learning, making = build_optimizers(model.train(), stage), Processes(), [], []
+        learner = Learner(model)
+        source = VQABatches(sets["train"], stage.steps, 16, seed, questions=4)
         for step in range(min(steps, 15) + 1):
-            batch, began = drawn[step], time.process_time()
-            train_step(learner, optimizers, [batch], stage.lr, stage.clip, Processes())
+            batch, began = source[step], time.process_time()
+            train_step(learner, optimizers, [batch], stage.lr, stage.clip, processes)
             learning.append(time.process_time() - began)
         prepare = Preparer(model.tokenizer, "lite", questions=4, augmented=True)
         batches = Batches(Mixture([easy_vqa_set("train")], seed=seed), prepare, 16, collate_by_image)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'Session', 'pick_device', 'open_session', 'print_answer', 'run_command', 'next_line', 'converse']
 
-# %% ../../nbs/cli/chat.ipynb #941de872
+# %% ../../nbs/cli/chat.ipynb #a502b4a7
 import sys
 from contextlib import closing
 from pathlib import Path

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['paint_map', 'AttentionMap', 'demo_page', 'launch_demo', 'open_demo']
 
-# %% ../../nbs/cli/demo.ipynb #aaa793d1
+# %% ../../nbs/cli/demo.ipynb #ec5e289a
 import os
 from functools import partial
 from html import escape
@@ -20,7 +20,7 @@ from ..connectors.attention_maps import connector_attention
 from ..data.pictures import open_image
 from ..model.vlmamba import picture_tokens
 
-# %% ../../nbs/cli/demo.ipynb #376cd438
+# %% ../../nbs/cli/demo.ipynb #443262a2
 def paint_map(picture, values, at=None, side=448):
     """A map (height, width) over a picture, a tensor (3, H, W) in [-1, 1] -> PIL picture, `side` pixels high.
 

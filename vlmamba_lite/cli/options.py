@@ -33,18 +33,19 @@ def clean_errors(everywhere=False):
             print(f"vlmamba: {text}", file=sys.stderr)
         raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from None
 
-# %% ../../nbs/cli/options.ipynb #27e6cc17
+# %% ../../nbs/cli/options.ipynb #5f45ce0c
 def registries():
     "The names that help texts list, by the name of the list."
+    from vlmamba_lite.connectors.vss import SCANS
     from vlmamba_lite.data.conversations import TEMPLATES
     from vlmamba_lite.evaluation.metrics import BENCHMARKS
-    from vlmamba_lite.model.presets import CONNECTORS, VISION_ENCODERS, LANGUAGE_MODELS, MODEL_PRESETS, PAPER_PRESETS
+    from vlmamba_lite.connectors.connectors import CONNECTORS
+    from vlmamba_lite.model.presets import LANGUAGE_MODELS, MODEL_PRESETS, PAPER_PRESETS, VISION_ENCODERS
     from vlmamba_lite.training.recipes import RECIPES
     from vlmamba_lite.training.results import TRACKERS
-    from vlmamba_lite.connectors.vss import SCANS
     lists = dict(presets=[*MODEL_PRESETS, *PAPER_PRESETS], encoders=VISION_ENCODERS, connectors=CONNECTORS, scans=SCANS,
                  languages=LANGUAGE_MODELS, recipes=RECIPES, templates=TEMPLATES, trackers=TRACKERS,
-                 benchmarks=[name for name, benchmark in BENCHMARKS.items() if benchmark.rate])    # others need a judge
+                 benchmarks=BENCHMARKS)
     return {name: ", ".join(names) for name, names in lists.items()}
 
 

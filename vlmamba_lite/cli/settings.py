@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Parts', 'EasyVQA', 'Settings', 'unknown', 'checked', 'read_settings', 'parse_change', 'merge', 'as_yaml',
-           'training_form', 'change_recipe', 'default_recipe', 'data_of_stages', 'resolve', 'run_folder']
+           'training_schema', 'change_recipe', 'default_recipe', 'data_of_stages', 'resolve_settings', 'run_folder']
 
-# %% ../../nbs/cli/settings.ipynb #84fe796a
+# %% ../../nbs/cli/settings.ipynb #a6aac169
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from functools import reduce
@@ -137,7 +137,7 @@ def as_yaml(settings):
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
 
 # %% ../../nbs/cli/settings.ipynb #2ed199cc
-def training_form(stages):
+def training_schema(stages):
     "The schema of `training` for these stages: the fields of a stage, and under a stage's name its own."
     kinds = {field.name: (field.type, None) for field in fields(stages[0]) if field.name not in ("name", "source")}
     forbid = ConfigDict(extra="forbid")
@@ -147,7 +147,7 @@ def training_form(stages):
 
 def change_recipe(stages, training):
     "Stages changed by a `training` section. ValueError for unknown fields and stages, and values of the wrong type."
-    given = checked(training_form(stages), training, "training.").model_dump(exclude_unset=True)
+    given = checked(training_schema(stages), training, "training.").model_dump(exclude_unset=True)
     own = {stage.name: given.pop(stage.name, {}) for stage in stages}
     changed = []
     for stage in stages:
@@ -180,7 +180,7 @@ def data_of_stages(data, names):
     return {name: [data[name]] if isinstance(data[name], str) else data[name] for name in names}
 
 # %% ../../nbs/cli/settings.ipynb #efac6e9d
-def resolve(*layers):
+def resolve_settings(*layers):
     "Layers of settings, the later one wins -> (`Settings` with every field of every stage, the stages). ValueError."
     settings = checked(Settings, reduce(merge, layers, {}))
     preset_config(settings.preset, 1, **settings.changed_parts())
@@ -199,7 +199,7 @@ def resolve(*layers):
     stages = [stage for stage in stages if stage.name in (settings.stages or names)]
     training = {stage.name: {name: value for name, value in asdict(stage).items() if name not in ("name", "source")}
                 for stage in stages}
-    training = checked(training_form(stages), training).model_dump(exclude_unset=True)      # epochs: 1.0, as on disk
+    training = checked(training_schema(stages), training).model_dump(exclude_unset=True)      # epochs: 1.0, as on disk
     if settings.on_easy_vqa():
         for name in ("tokenizer", "pictures", "validation"):
             if (value := getattr(settings, name)) is not None:

@@ -20,7 +20,7 @@ from ..data.batches import load_picture, pad_rows
 from ..data.easy_vqa import QUESTION_TYPES
 from ..data.pictures import normalize, to_rgb
 from ..files import write_atomically
-from ..model.chat import PromptFormat, checked_state
+from ..model.chat import PromptFormat
 from ..model.vlmamba import select_state
 
 # %% ../../nbs/evaluation/18_answers.ipynb #85cd36d9
@@ -99,8 +99,8 @@ def after_picture(model, pictures, which, ids, mask):
     """Where generation starts: each prompt after the state of its picture.
 
     which (rows,): the picture of each row; ids, mask (rows, T) -> ids, mask, state."""
-    if isinstance(pictures[0], list):                                      # states, which `read_image` has made
-        layers = zip(*(checked_state(model, state) for state in pictures))
+    if any(isinstance(picture, list) for picture in pictures):             # states, which `read_image` has made
+        layers = zip(*(model.state_of(picture) for picture in pictures))
         states = [type(parts[0])(*map(torch.cat, zip(*parts))) for parts in layers]
     else:
         states = model.read(pixels_of(model, pictures))

@@ -78,9 +78,7 @@ def transformers_config(fields):
 
 
 def published_config(fields, vocab_size=None):
-    """The arguments of `MambaConfig` in a config.json of either layout.
-
-    vocab_size: the real tokens, where the file counts the padding. Raises a ValueError that names the field."""
+    "The arguments of `MambaConfig` in a config.json of either layout; vocab_size: real tokens, if it counts padding."
     kind = fields.get("model_type")
     if kind in ("mamba", "mamba2"):
         config = transformers_config(fields)

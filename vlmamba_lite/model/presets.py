@@ -14,11 +14,10 @@ import torch
 
 import vlmamba_lite.connectors.msc  # noqa: F401 - adds its connectors to CONNECTORS
 from ..connectors.connectors import CONNECTORS
-from ..connectors.vss import choose
+from ..connectors.vss import SCANS, choose
 from ..language.model import MambaConfig
 from ..vision.images import IMAGENET_COLOURS
 from ..vision.towers import ENCODERS, TOWER_SHAPES
-from ..connectors.vss import SCANS
 
 # %% ../../nbs/model/presets.ipynb #705019d6
 @dataclass
@@ -32,8 +31,7 @@ class VLMambaConfig:
     def __post_init__(self):
         if isinstance(self.language, dict):
             self.language = MambaConfig(**self.language)
-        if self.connector not in CONNECTORS:
-            raise ValueError(f"connector: got {self.connector!r}, need one of {sorted(CONNECTORS)}")
+        choose("connector", self.connector, CONNECTORS)
 
 # %% ../../nbs/model/presets.ipynb #a57ef4f2
 def lite_config(vocab_size):

@@ -80,9 +80,7 @@ def push_model(model, repo_id, private=None, token=None, message="Upload a VL-Ma
 
 # %% ../../nbs/model/saving.ipynb #f2214223
 def model_files(folder):
-    """The files of a saved model in a folder or on the Hub: config.json, tokenizer.json, one or more of weights.
-
-    Raises FileNotFoundError that names the first one missing, ValueError for a damaged index of shards."""
+    "Paths of config.json, tokenizer.json and weights of a model in a folder or on the Hub, or FileNotFoundError."
     find = file_finder(folder)
     return find("config.json"), find("tokenizer.json"), *weight_paths(find, WEIGHTS[:2])
 
@@ -96,9 +94,7 @@ def read_config(path):
 
 
 def load_model(model_class, folder, device="cpu", dtype=torch.float32):
-    """A model from a folder or the Hub ('user/name'), ready to answer: filled tensor by tensor, no random number drawn.
-
-    dtype: of its weights, None for that of the files. Raises FileNotFoundError, or ValueError with what is wrong."""
+    "A model from a folder or the Hub, filled tensor by tensor, no random number drawn; dtype None is the files'."
     config, tokenizer, *weights = model_files(folder)
     with naming(config), torch.device("meta"):
         model = model_class(read_config(config), find_tokenizer(tokenizer))

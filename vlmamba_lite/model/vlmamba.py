@@ -13,7 +13,8 @@ from torch import nn
 from ..data.pictures import normalize, process_images, to_rgb
 from ..language.model import LMOutput, MambaLM, next_token_loss
 from .chat import Chat, PromptFormat, checked_state
-from .presets import CONNECTORS, DINOV2, VLMambaConfig, check_connector
+from ..connectors.connectors import CONNECTORS
+from .presets import DINOV2, VLMambaConfig, check_connector
 from .presets import check_weights, preset_config, published_sources
 from .saving import check_source, find_tokenizer, load_connector, load_model, push_model, save_model
 from ..vision.towers import build_encoder, half_range, load_encoder
@@ -171,9 +172,7 @@ class VLMamba(nn.Module):
         return load_model(cls, folder, device, dtype)
 
     def save_pretrained(self, folder, card=None, max_shard_size="5GB"):
-        """Writes weights (in shards above `max_shard_size`), config.json and tokenizer.json: all or none.
-
-        card: the model's name for others, written into a README.md."""
+        "Writes weights, config.json and tokenizer.json, all or none, and with `card`, the model's name, a README.md."
         save_model(self, folder, card, max_shard_size)
 
     def push_to_hub(self, repo_id, private=None, token=None, message="Upload a VL-Mamba"):

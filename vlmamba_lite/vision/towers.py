@@ -206,9 +206,7 @@ class DINOv2(Tower):
 
 # %% ../../nbs/vision/towers.ipynb #727275dc
 class FusedEncoder(nn.Module):
-    """Towers side by side, their tokens joined channel by channel (ML-Mamba, equation 5); one alone is fine.
-
-    `preprocess`: by default that of the last tower with the colours of [-1, 1]."""
+    "Towers, or one, their tokens joined channel by channel (ML-Mamba, equation 5), for pictures in [-1, 1] by default."
     def __init__(self, towers, preprocess=None):
         super().__init__()
         self.towers = nn.ModuleList(towers)
@@ -249,9 +247,7 @@ ENCODERS = {"conv": ConvEncoder, "vit": ViT, "siglip": SigLIP, "clip": CLIP, "di
 
 
 def build_encoder(spec):
-    """An encoder with random weights from a dict: `kind`, a name in `ENCODERS` (default "conv"), and its arguments.
-
-    The `spec()` of a tower is such a dict; "fused" takes `towers`, a list of them."""
+    "An encoder with random weights from a dict: `kind`, a name in `ENCODERS`, and its arguments; or from a `spec()`."
     args = {name: value for name, value in spec.items() if name != "kind"}
     if (kind := spec.get("kind", "conv")) not in ENCODERS:
         raise ValueError(f"kind: got {kind!r}, need one of {sorted(ENCODERS)}")
