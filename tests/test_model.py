@@ -364,12 +364,12 @@ def test_a_chat_repeats_the_rows_it_was_trained_on():
     for template in ("zephyr", "llava"):
         model, turns = talker(), [("Who is it?", "A cat."), ("Why?", "Because\u2026")]
         chat = model.chat(picture(), template=template)
-        for text, answer in turns:
+        for text, reply in turns:
             space = "" if template == "zephyr" else " "
-            ids = model.tokenizer.encode(space + answer, add_special_tokens=False).ids + [model.tokenizer.token_to_id("<|endoftext|>")]
+            ids = model.tokenizer.encode(space + reply, add_special_tokens=False).ids + [model.tokenizer.token_to_id("<|endoftext|>")]
             model.language.stream = lambda *_, ids=ids, **__: iter(torch.tensor(ids)[:, None])
             pieces = list(chat.stream(text))
-            assert "".join(pieces) == answer == chat.turns[-1][1] and all("\ufffd" not in piece for piece in pieces)
+            assert "".join(pieces) == reply == chat.turns[-1][1] and all("\ufffd" not in piece for piece in pieces)
         row, = encode_conversation(Conversation("c", [picture()], turns), model.tokenizer, template)
         assert chat.ids == row.input_ids
 
