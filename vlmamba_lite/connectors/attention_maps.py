@@ -129,7 +129,7 @@ def connector_maps(connector, tokens, size, at):
     """The attention maps and receptive fields of a connector, mean over a batch. -> dict name -> (height, width)
 
     "attention, all" and "attention": what each patch gives to all patches, and to the one at = (row, column), all scans
-    together; "field": effective receptive field at `at`; "scan 1", ...: that of each scan from its input to its output."""
+    together; "field": effective receptive field at `at`; "scan 1", ...: that of each scan, input to output."""
     x = scan_input(connector, tokens, size)
     attention = connector_attention(connector, tokens, size).mean(0).sum(0)          # (L, L), all directions
     maps = {"attention, all": attention.sum(0), "attention": attention[at[0] * size[1] + at[1]],

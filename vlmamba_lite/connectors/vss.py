@@ -184,5 +184,6 @@ class VSS(nn.Module):
         if not isinstance(mixer, Mamba):
             raise ValueError(f"vss: got a mixer {type(mixer).__name__}, need Mamba")
         channels, N, R = size[0] * size[1] * mixer.d_inner, mixer.d_state, mixer.dt_rank
-        return {"projections": layers * channels * 6 * mixer.d_model, "scan projections": K * channels * (4 * R + 4 * N),
+        return {"projections": layers * channels * 6 * mixer.d_model,
+                "scan projections": K * channels * (4 * R + 4 * N),
                 "convolution": K * channels * 2 * mixer.d_conv, "scan": K * channels * (7 * N + 3)}

@@ -49,7 +49,8 @@ def tiny_config(vocab_size):
     "The same parts, far smaller: for tests."
     language = MambaConfig(d_model=16, n_layer=1, vocab_size=vocab_size, mixer="mamba2", pad_vocab_size_multiple=1,
                            mixer_args=dict(d_state=8, headdim=8, chunk_size=32), embedding_std=0.2)
-    return VLMambaConfig(dict(dim=16, width=8, image_size=64), "vss_l2", dict(scan="bsm", d_state=4, expand=1), language)
+    connector_args = dict(scan="bsm", d_state=4, expand=1)
+    return VLMambaConfig(dict(dim=16, width=8, image_size=64), "vss_l2", connector_args, language)
 
 
 MODEL_PRESETS = {"lite": lite_config, "tiny": tiny_config}
