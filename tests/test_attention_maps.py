@@ -6,14 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from measures import lively, rms_error
 
-from vlmamba_lite import mamba
 from vlmamba_lite.connectors.attention_maps import (
     connector_attention,
     connector_maps,
     hidden_attention,
     mvss_attention,
-    plot_connector_maps,
-    plot_patch_maps,
     receptive_field,
     scan_input,
     ssd_attention,
@@ -23,6 +20,7 @@ from vlmamba_lite.connectors.attention_maps import (
 from vlmamba_lite.connectors.connectors import VSSL2Connector, VSSMLPConnector
 from vlmamba_lite.connectors.msc import MVSS, MambaScanConnector
 from vlmamba_lite.connectors.vss import VSS, scan_order
+from vlmamba_lite.layers import mamba
 from vlmamba_lite.ops.selective_scan import selective_scan
 from vlmamba_lite.ops.ssd import ssd_recurrent
 
@@ -125,21 +123,6 @@ def test_receptive_field_by_direction_sees_what_lies_before(merge):
         receptive_field(module, x, (3, 5), (3, 0))
 
 
-def test_plot_patch_maps_draws_and_marks():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    maps = torch.rand(3, 2, 4)
-    maps[0, 0, 0] = 0
-    for at in ((), (1, 2), [(0, 0), (1, 1), (1, 3)]):
-        axes = plot_patch_maps(maps, ["a", "b", "c"], at, decades=3 if at else 0)
-        assert [ax.get_title() for ax in axes] == ["a", "b", "c"]
-        places = [line.get_xydata().tolist() for ax in axes for line in ax.lines]
-        assert places == {(): [], (1, 2): [[[2, 1]]] * 3}.get(tuple(at), [[[0, 0]], [[1, 1]], [[3, 1]]])
-    assert plot_patch_maps(torch.zeros(1, 2, 2)) is not None
-    plt.close("all")
-
-
 # --- Mamba-2 ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -218,18 +201,3 @@ def test_a_scan_may_answer_for_itself():
     connector, tokens = make(VSSL2Connector), torch.randn(1, 6, 12)
     connector.vss.attention = lambda x, size: x.sum() + size[1]
     assert connector_attention(connector, tokens, (2, 3)) == scan_input(connector, tokens, (2, 3)).sum() + 3
-
-
-def test_plot_connector_maps():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    connectors = {name: (make(VSSL2Connector), torch.randn(1, 6, 12), (2, 3)) for name in ("before", "after")}
-    axes = plot_connector_maps(connectors, (1, 2))
-    assert axes.shape == (2, 5) and [ax.get_title() for ax in axes[0]] == ["attention, all", "attention", "field", "scan 1", "scan 2"]
-    assert [row[0].get_ylabel() for row in axes] == ["before", "after"] and not axes[1, 2].get_title()
-    picture = torch.rand(16, 24, 3).numpy()
-    assert plot_connector_maps(connectors, (1, 2), picture).shape == (2, 6)
-    msc = {name: (MambaScanConnector(8, 12, form=name, **SMALL), tokens_of((2, 3), dtype=torch.float32), (2, 3)) for name in ("basic", "advanced")}
-    assert plot_connector_maps(msc, (1, 1)).shape == (2, 5)
-    plt.close("all")

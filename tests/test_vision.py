@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlmamba_lite.vision.encoders import ConvEncoder, ViT, conv_stage, resize_positions
-from vlmamba_lite.vision.images import CLIP_COLOURS, Preprocess, find_file, load_preprocess, preprocess_from_config
+from vlmamba_lite.vision.images import CLIP_COLOURS, Preprocess, load_preprocess, preprocess_from_config
 from vlmamba_lite.vision.towers import (
-    CLIP, TIMM_NAMES, TOWER_SHAPES, DINOv2, FusedEncoder, SigLIP, attention_map, build_encoder, encoder_spec, feature_map, half_range,
+    CLIP, TIMM_NAMES, TOWER_SHAPES, DINOv2, FusedEncoder, SigLIP, attention_map, build_encoder, feature_map, half_range,
     load_encoder, new_tower, tower_config, tower_name)
 
 
@@ -397,24 +397,23 @@ def test_old_settings_and_refused_ones(tmp_path):
         load_preprocess(tmp_path)
 
 
-def test_files_of_the_hub(monkeypatch, tmp_path):
-    hub = pytest.importorskip("huggingface_hub")
+def test_settings_from_the_hub(monkeypatch, tmp_path):
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    (tmp_path / "there").write_text("{}")
+    (tmp_path / "settings").write_text(json.dumps({"image_processor": dict(size=32, image_mean=[0, 0, 0], image_std=[1, 1, 1])}))
 
-    def download(source, name):
-        assert source == "some/model"
-        if name == "offline":
+    def download(source, name, revision, local_files_only):
+        if source == "some/offline":
             raise LocalEntryNotFoundError("no network")
-        if name != "there":
+        if source != "some/model" or name != "processor_config.json":
             raise EntryNotFoundError("no such file")
-        return str(tmp_path / name)
+        return str(tmp_path / "settings")
 
-    monkeypatch.setattr(hub, "hf_hub_download", download)
-    assert find_file("some/model", "there") == tmp_path / "there" and find_file("some/model", "missing") is None
-    with pytest.raises(LocalEntryNotFoundError):                             # not known is not the same as not there
-        find_file("some/model", "offline")
-    assert find_file(tmp_path, "there") == tmp_path / "there" and find_file(tmp_path, "missing") is None
+    monkeypatch.setattr("vlmamba_lite.files.hf_hub_download", download)
+    assert load_preprocess("some/model") == Preprocess(32, None, (0, 0, 0), (1, 1, 1))
+    with pytest.raises(ValueError, match="no preprocessor_config.json.*no preprocessor_config.json or processor_config.json in some/other"):
+        load_preprocess("some/other")
+    with pytest.raises(ValueError, match="no preprocessor_config.json.*no network"):             # not known is not the same as not there
+        load_preprocess("some/offline")
 
 
 @pytest.mark.parametrize("bad,message", [
@@ -677,11 +676,11 @@ def test_fused_freezes_each_for_itself():
 def test_built_again_from_its_spec(name):
     pytest.importorskip("transformers")
     encoder = FusedEncoder([toy("tiny-dinov2"), toy("tiny-siglip", frozen=False)]) if name == "fused" else toy(name, layer=1, frozen=False)
-    again = build_encoder(json.loads(json.dumps(encoder_spec(encoder))))
+    again = build_encoder(json.loads(json.dumps(encoder.spec())))
     again.load_state_dict(encoder.state_dict())
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(again(images)[0], encoder(images)[0]) and again.preprocess == encoder.preprocess
-    assert encoder_spec(again) == encoder_spec(encoder)
+    assert again.spec() == encoder.spec()
     for tower in getattr(encoder, "towers", [encoder]):                      # what was cut off is not built again
         assert tower.spec()["config"]["num_hidden_layers"] == tower.layer
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in encoder.parameters()]
@@ -767,12 +766,6 @@ def test_import_is_light():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-def test_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match="need transformers, try: pip install transformers"):
-        SigLIP("tiny-siglip")
-
-
 # ---- inside the whole model
 
 @pytest.mark.parametrize("name", ["tiny-siglip", "tiny-clip", "fused"])
@@ -787,7 +780,7 @@ def test_whole_model_with_a_pretrained_encoder(name, small, tmp_path):
     from vlmamba_lite.training.recipes import pick_recipe
     tower = half_range(FusedEncoder([toy("tiny-dinov2"), toy("tiny-siglip", seed=1)]) if name == "fused" else toy(name))
     config = tiny_config(small.tokenizer.get_vocab_size())
-    config.vision = encoder_spec(tower)
+    config.vision = tower.spec()
     torch.manual_seed(0)
     model = VLMamba(config, small.tokenizer).train()
     model.vision.load_state_dict(tower.state_dict())

@@ -34,8 +34,7 @@ def scan_order(height, width, kind="bsm", device=None):
     """The patch that each of the K scans of a picture visits at each step: an index tensor (K, height × width).
 
     "bsm" (K = 2) is the raster order and its reverse; "csm" (K = 4) rows, columns, rows reversed, columns reversed
-    (VL-Mamba, arXiv 2403.13600, Figure 3). Raises `ValueError` for an empty grid or a `kind` that is not in `SCANS`.
-    """
+    (VL-Mamba, arXiv 2403.13600, Figure 3). Raises `ValueError` for an empty grid or a `kind` that is not in `SCANS`."""
     if height < 1 or width < 1:
         raise ValueError(f"height, width: got {height}, {width}, need at least 1 each")
     grid = torch.arange(height * width, device=device).view(height, width)
@@ -83,8 +82,7 @@ def vss_inputs(mixers, x, order):
     """The K scans of a VSS of Mamba layers as the arguments of one `selective_scan` over K × D channels.
 
     mixers: S = 1 layer for all directions, or S = K; x (b, L, C), order (K, L) -> gate z (b, L, S, D) in the picture's
-    order, dict of the arguments, with the directions one after the other.
-    """
+    order, dict of the arguments, with the directions one after the other."""
     K, S, first = len(order), len(mixers), mixers[0]
 
     def joined(layers):                                                  # weights of layers side by side, and biases
@@ -151,10 +149,8 @@ def check_tokens(x, size, dim, name="x"):
 class VSS(nn.Module):
     """Vision Selective Scan (VL-Mamba, section 3.2): a 2-D scan, one Mamba layer over each sequence, merged.
 
-    `scan`: a name of `SCANS`. `mixer`: "mamba", or a function of (dim, **mixer_args) that makes a module
-    (b, L, C) -> (b, L, C).
-    Open in the paper: `shared`, one layer for all directions or one each; `merge`, "sum" or "mean".
-    """
+    `scan`: a name of `SCANS`. `mixer`: "mamba", or a function of (dim, **mixer_args) -> module, (b, L, C) -> (b, L, C).
+    Open in the paper: `shared`, one layer for all directions or one each; `merge`, "sum" or "mean"."""
     def __init__(self, dim, scan="bsm", mixer="mamba", shared=True, merge="sum", **mixer_args):
         super().__init__()
         if mixer != "mamba" and not callable(mixer):
@@ -181,3 +177,13 @@ class VSS(nn.Module):
         order = self.order(x, size)
         y = vss_directions(self.mixers, x, order)
         return y / len(order) if self.merge == "mean" else y
+
+    def flops(self, size):
+        "Operations on one picture of size (height, width) with Mamba layers, by part: see `connector_flops`."
+        mixer, layers, K = self.mixers[0], len(self.mixers), 2 * len(SCANS[self.scan])
+        if not isinstance(mixer, Mamba):
+            raise ValueError(f"vss: got a mixer {type(mixer).__name__}, need Mamba")
+        channels, N, R = size[0] * size[1] * mixer.d_inner, mixer.d_state, mixer.dt_rank
+        return {"projections": layers * channels * 6 * mixer.d_model,
+                "scan projections": K * channels * (4 * R + 4 * N),
+                "convolution": K * channels * 2 * mixer.d_conv, "scan": K * channels * (7 * N + 3)}

@@ -35,9 +35,6 @@ def _require(fields, *names, **values):
             raise ValueError(f"{name}: got {got!r}, need {value!r}")
 
 # %% ../../nbs/language/checkpoints.ipynb #6ffac459
-_INITIAL_OR_KERNEL = {"dt_init", "dt_scale", "conv_init", "use_fast_path", "use_mem_eff_path"}
-
-
 def original_config(fields):
     "The arguments of `MambaConfig` in an original config.json, else ValueError. Defaults are those of the authors."
     _require(fields, "d_model", "n_layer", "vocab_size", rms_norm=True, d_intermediate=0, attn_layer_idx=[])
@@ -48,7 +45,8 @@ def original_config(fields):
     mixer = Mamba2 if layer == "Mamba2" else Mamba
     variants = dict(d_ssm=None, D_has_hdim=False, rmsnorm=True)
     _require(ssm_cfg, **variants)
-    args = {name: value for name, value in ssm_cfg.items() if name not in _INITIAL_OR_KERNEL | set(variants)}
+    unused = {"dt_init", "dt_scale", "conv_init", "use_fast_path", "use_mem_eff_path", *variants}     # initial, kernel
+    args = {name: value for name, value in ssm_cfg.items() if name not in unused}
     if unknown := sorted(set(args) - set(signature(mixer).parameters)):
         raise ValueError(f"ssm_cfg: got {unknown}, need arguments of {mixer.__name__}")
     return dict(
@@ -80,9 +78,7 @@ def transformers_config(fields):
 
 
 def published_config(fields, vocab_size=None):
-    """The arguments of `MambaConfig` in a config.json of either layout.
-
-    vocab_size: the real tokens, where the file counts the padding. Raises a ValueError that names the field."""
+    "The arguments of `MambaConfig` in a config.json of either layout; vocab_size: real tokens, if it counts padding."
     kind = fields.get("model_type")
     if kind in ("mamba", "mamba2"):
         config = transformers_config(fields)
@@ -102,9 +98,8 @@ def published_config(fields, vocab_size=None):
 def load_pretrained(name, model_class, config_class, device="cpu", dtype=torch.float32, vocab_size=None, revision=None):
     """A published Mamba or Mamba-2 language model, `model_class(config_class(...))`, ready to answer.
 
-    name: a folder or a model on the Hugging Face Hub. dtype: of the weights here, None for that of the files.
-    vocab_size: how many tokens are real, where the files count the padding. Raises FileNotFoundError for a missing
-    file, `KeyReport` for weights that do not fit, and ValueError for files of anything but a Mamba."""
+    name: a folder or a model on the Hub. dtype: None for that of the files. vocab_size: how many tokens are real, where
+    the files count the padding. Raises FileNotFoundError, or ValueError (a `KeyReport`) for files that do not fit."""
     find = file_finder(name, revision)
     config, weights = find("config.json"), weight_paths(find)
     with naming(config), torch.device("meta"):
@@ -123,8 +118,7 @@ def describe(model):
         model_type=c.mixer, architectures=["MambaForCausalLM" if c.mixer == "mamba" else "Mamba2ForCausalLM"],
         hidden_size=c.d_model, num_hidden_layers=c.n_layer, vocab_size=c.padded_vocab_size,
         tie_word_embeddings=c.tie_embeddings, layer_norm_epsilon=c.norm_eps, residual_in_fp32=c.residual_in_fp32,
-        hidden_act="silu",
-        torch_dtype=str(model.lm_head.weight.dtype).removeprefix("torch."),
+        hidden_act="silu", torch_dtype=str(model.lm_head.weight.dtype).removeprefix("torch."),
         state_size=mixer.d_state, conv_kernel=mixer.d_conv, expand=int(expand) if expand == int(expand) else expand,
         use_bias=mixer.in_proj.bias is not None, use_conv_bias=mixer.conv1d.bias is not None,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,

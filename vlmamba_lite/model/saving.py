@@ -7,7 +7,6 @@ __all__ = ['NEOX', 'model_card', 'save_model', 'push_model', 'model_files', 'rea
            'check_source', 'find_tokenizer']
 
 # %% ../../nbs/model/saving.ipynb #f7efb8ee
-import json
 import tempfile
 from dataclasses import asdict
 from functools import partial
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from ..files import WEIGHTS, file_finder, load_weights, naming, save_together, tensors_in
+from ..files import WEIGHTS, file_finder, load_weights, naming, read_json, save_together, tensors_in
 from ..files import unique_tensors, weight_files, weight_paths, write_atomically, write_json
 from .presets import VLMambaConfig
 
@@ -27,12 +26,13 @@ library_name: vlmamba_lite
 pipeline_tag: image-text-to-text
 tags:
 - vl-mamba
-- {mixer}
+- {language.mixer}
 ---
 
 # A VL-Mamba
 
-Vision encoder `{vision}`, connector `{connector}`, language model `{mixer}` of {n_layer} layers and width {d_model}.
+Vision encoder `{vision}`, connector `{connector}`, language model `{language.mixer}` of
+{language.n_layer} layers and width {language.d_model}.
 
 | | vision | connector | language | total |
 |---|---|---|---|---|
@@ -52,15 +52,12 @@ def model_card(model, name="this folder"):
     "The text of a README.md for a model, `name`d as `from_pretrained` takes it."
     c = model.config
     sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
-    return _CARD.format(mixer=c.language.mixer, n_layer=c.language.n_layer, d_model=c.language.d_model,
-                        connector=c.connector, vision=c.vision.get("kind", "conv"), sizes=sizes,
+    return _CARD.format(language=c.language, connector=c.connector, vision=c.vision.get("kind", "conv"), sizes=sizes,
                         total=sum(sizes.values()), name=name, note=_WRITTEN_BY_US)
 
 
 def save_model(model, folder, card=None, max_shard_size="5GB"):
-    """Writes weights (in shards above `max_shard_size`), config.json and tokenizer.json: all or none.
-
-    card: the model's name for others, written into a README.md. Raises OSError, or ValueError for a wrong size."""
+    "Writes weights, config.json and tokenizer.json, all or none, and with the name `card` a README.md."
     config = {"model_type": "vlmamba", **asdict(model.config)}
     tensors, left_out = unique_tensors(model)
     own = {"config.json": partial(write_json, fields=config),
@@ -83,34 +80,24 @@ def push_model(model, repo_id, private=None, token=None, message="Upload a VL-Ma
 
 # %% ../../nbs/model/saving.ipynb #f2214223
 def model_files(folder):
-    """The files of a saved model in a folder or on the Hub: config.json, tokenizer.json, one or more of weights.
-
-    Raises FileNotFoundError that names the first one missing, ValueError for a damaged index of shards."""
+    "Paths of config.json, tokenizer.json and weights of a model in a folder or on the Hub, or FileNotFoundError."
     find = file_finder(folder)
     return find("config.json"), find("tokenizer.json"), *weight_paths(find, WEIGHTS[:2])
 
 
 def read_config(path):
     "The `VLMambaConfig` in a config.json; ValueError where the file is something else."
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(fields, dict) or fields.pop("model_type", None) != "vlmamba":
+    fields = read_json(path)
+    if fields.pop("model_type", None) != "vlmamba":
         raise ValueError(f"{path}: got no model_type 'vlmamba', need a config.json written by save_pretrained")
     return VLMambaConfig(**fields)
 
 
-def _read_tokenizer(path):
-    with naming(path):
-        return Tokenizer.from_file(str(path))
-
-
 def load_model(model_class, folder, device="cpu", dtype=torch.float32):
-    """A model from a folder or the Hub ('user/name'), ready to answer: filled tensor by tensor, no random number drawn.
-
-    dtype: of its weights, None for that of the files. Raises FileNotFoundError, or ValueError with what is wrong."""
+    "A model from a folder or the Hub, filled tensor by tensor, no random number drawn; dtype None is the files'."
     config, tokenizer, *weights = model_files(folder)
-    tokenizer = _read_tokenizer(tokenizer)
     with naming(config), torch.device("meta"):
-        model = model_class(read_config(config), tokenizer)
+        model = model_class(read_config(config), find_tokenizer(tokenizer))
     load_weights(model, tensors_in(*weights), device, dtype, source=weights[0])
     for module in model.modules():
         if names := module._non_persistent_buffers_set:                  # of transformers: made from its configuration
@@ -152,20 +139,22 @@ def check_source(part, source):
     return " + ".join(names)
 
 
-def find_tokenizer(source, language):
+def find_tokenizer(source, language=None):
     """A `Tokenizer`: itself, or that of a tokenizer.json, a folder or a Hub name.
 
     For None that of the language model, or GPT-NeoX's. FileNotFoundError without one, ValueError for a damaged one."""
     if isinstance(source, Tokenizer):
         return source
     if source is not None and Path(source).is_file():
-        return _read_tokenizer(source)
-    place = language if source is None else check_source("tokenizer", source)
-    try:
-        path = file_finder(place)("tokenizer.json")
-    except FileNotFoundError as error:
-        if source is not None or Path(place).is_dir():
-            text = f"tokenizer: no tokenizer.json in {place}, need one, or the argument tokenizer"
-            raise FileNotFoundError(text) from error
-        path = file_finder(NEOX)("tokenizer.json")
-    return _read_tokenizer(path)
+        path = source
+    else:
+        place = language if source is None else check_source("tokenizer", source)
+        try:
+            path = file_finder(place)("tokenizer.json")
+        except FileNotFoundError as error:
+            if source is not None or Path(place).is_dir():
+                text = f"tokenizer: no tokenizer.json in {place}, need one, or the argument tokenizer"
+                raise FileNotFoundError(text) from error
+            path = file_finder(NEOX)("tokenizer.json")
+    with naming(path):
+        return Tokenizer.from_file(str(path))

@@ -12,12 +12,12 @@ from torch import nn
 
 from ..data.pictures import normalize, process_images, to_rgb
 from ..language.model import LMOutput, MambaLM, next_token_loss
-from .chat import Chat, PromptFormat, check_state
+from .chat import Chat, PromptFormat, checked_state
 from ..connectors.connectors import CONNECTORS
 from .presets import DINOV2, VLMambaConfig, check_connector
 from .presets import check_weights, preset_config, published_sources
 from .saving import check_source, find_tokenizer, load_connector, load_model, push_model, save_model
-from ..vision.towers import build_encoder, encoder_spec, half_range, load_encoder
+from ..vision.towers import build_encoder, half_range, load_encoder
 
 # %% ../../nbs/model/15_vlmamba.ipynb #92a3679d
 def select_state(state, rows):
@@ -104,11 +104,9 @@ class VLMamba(nn.Module):
 
     @torch.no_grad()
     def read_image(self, image, state=None):
-        """A PIL picture -> the state after it (one row), or after `state` and it; always in evaluation mode.
-
-        Raises ValueError for an image that is no picture, and for a state of another model."""
+        "A PIL picture -> the state after it (one row), or after `state` and it; always in evaluation mode."
         if state is not None:
-            check_state(self, state)
+            checked_state(self, state)
         pixels, training = self.pixels(image), self.training
         try:
             return self.eval().read(pixels, state)            # BatchNorm must not learn from, nor judge by, one picture
@@ -117,12 +115,10 @@ class VLMamba(nn.Module):
 
     def state_of(self, image):
         "The state of a PIL picture, or the state itself. Raises ValueError for one of another model."
-        return self.read_image(image) if isinstance(image, Image.Image) else check_state(self, image)
+        return self.read_image(image) if isinstance(image, Image.Image) else checked_state(self, image)
 
     def ask(self, image, question, max_new_tokens=8, template=None):
-        """The answer to a question about a PIL picture, or about a state from `read_image`: greedy, up to its end.
-
-        Raises ValueError for words it cannot read."""
+        "The answer to a question about a PIL picture, or about a state from `read_image`: greedy, up to its end."
         prompt = PromptFormat(self.tokenizer, template)
         ids = torch.tensor([prompt.encode(question)], device=self.device)               # words first: they may be wrong
         new = self.language.generate(ids, max_new_tokens, prompt.stops, state=self.state_of(image))[0, ids.shape[1]:]
@@ -158,13 +154,12 @@ class VLMamba(nn.Module):
         """A model from a pretrained encoder and language model, with a new connector of random weights.
 
         vision: as of `load_encoder`, with image_size; language: as of `MambaLM.from_pretrained`; tokenizer: as of
-        `find_tokenizer`. Raises FileNotFoundError for a part that is not there, and ValueError for one that does not
-        fit."""
+        `find_tokenizer`. Raises FileNotFoundError for a missing part, and ValueError for one that does not fit."""
         vision, language = check_source("vision", vision), check_source("language", language)
         tokenizer = find_tokenizer(tokenizer, language)
         lm = MambaLM.from_pretrained(language, device=device, dtype=dtype, vocab_size=tokenizer.get_vocab_size())
         encoder = half_range(load_encoder(vision, dtype=dtype, image_size=image_size))
-        config = check_connector(VLMambaConfig(encoder_spec(encoder), connector, connector_args or {}, lm.config))
+        config = check_connector(VLMambaConfig(encoder.spec(), connector, connector_args or {}, lm.config))
         with torch.device("meta"):
             model = cls(config, tokenizer)                    # a frame: nothing is there twice
         new = CONNECTORS[connector](encoder.dim, lm.config.d_model, **config.connector_args)
@@ -173,15 +168,11 @@ class VLMamba(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
-        """A model from a folder or the Hub ('user/name'), ready to answer.
-
-        dtype: of its weights, None for that of the files. Raises FileNotFoundError or ValueError."""
+        "A model from a folder or the Hub ('user/name'), ready to answer. dtype: None for that of the files."
         return load_model(cls, folder, device, dtype)
 
     def save_pretrained(self, folder, card=None, max_shard_size="5GB"):
-        """Writes weights (in shards above `max_shard_size`), config.json and tokenizer.json: all or none.
-
-        card: the model's name for others, written into a README.md."""
+        "Writes weights, config.json and tokenizer.json, all or none, and with `card`, the model's name, a README.md."
         save_model(self, folder, card, max_shard_size)
 
     def push_to_hub(self, repo_id, private=None, token=None, message="Upload a VL-Mamba"):
@@ -191,8 +182,7 @@ class VLMamba(nn.Module):
 # %% ../../nbs/model/15_vlmamba.ipynb #e597ade6
 @torch.no_grad()
 def picture_tokens(model, image):
-    """What a model's connector reads of a PIL picture, in evaluation mode: tokens (1, V, dim) and their grid (rows,
-    columns)."""
+    "What a model's connector reads of a PIL picture, in evaluation mode: tokens (1, V, dim), grid (rows, columns)."
     pixels, training = model.pixels(image), model.training
     try:
         return model.eval().vision(pixels)

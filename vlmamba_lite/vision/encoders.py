@@ -12,13 +12,13 @@ from torch import nn
 
 # %% ../../nbs/vision/09_encoders.ipynb #8d149ac9
 def conv_stage(inputs, outputs):
-    "Halves a picture: a 3x3 convolution of stride 2, BatchNorm, ReLU. (b, inputs, H, W) -> (b, outputs, H / 2, W / 2)."
+    "Halves a picture: 3x3 convolution, stride 2, BatchNorm, ReLU; (b, inputs, H, W) -> (b, outputs, H / 2, W / 2)."
     conv = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
-# %% ../../nbs/vision/09_encoders.ipynb #334809b8
+# %% ../../nbs/vision/09_encoders.ipynb #91481657
 class ConvEncoder(nn.Module):
-    "A convolutional encoder for small pictures, trained from scratch, in the place of VL-Mamba's SigLIP or CLIP."
+    "A convolutional vision encoder for small pictures, trained from scratch, in the place of SigLIP or CLIP."
     def __init__(self, dim, width=32, image_size=64):
         super().__init__()
         if not isinstance(image_size, int) or image_size < 8 or image_size % 8:
@@ -64,12 +64,11 @@ class ViTBlock(nn.Module):
         x = x + self.out(F.scaled_dot_product_attention(*self.split(x)).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
-# %% ../../nbs/vision/09_encoders.ipynb #d455e418
+# %% ../../nbs/vision/09_encoders.ipynb #a558de12
 def resize_positions(positions, side, grid):
     """Positions learned on a grid of side x side, for a grid of (height, width): bicubic with antialias, in float32.
 
-    positions (side², dim) -> (height × width, dim) in the same dtype; unchanged on the grid they were learned on.
-    """
+    positions (side², dim) -> (height × width, dim) in the same dtype; unchanged on the grid they were learned on."""
     if tuple(grid) == (side, side):
         return positions
     square = positions.to(torch.promote_types(positions.dtype, torch.float32)).unflatten(0, (1, side, side))
@@ -86,7 +85,7 @@ def check_pictures(images, patch_size):
         raise ValueError(f"images: got {images.dtype}, need floating point; `Preprocess` makes it")
     on_cpu = images.device.type == "cpu" and images.numel()              # on a GPU the look would wait for the device
     if on_cpu and not (largest := images.detach().abs().max().item()) < 16:
-        raise ValueError(f"images: got values up to {largest:g}, need normalised ones, about -3 to 3 (`Preprocess`)")
+        raise ValueError(f"images: got values up to {largest:g}, need normalised ones, about -3 to 3")
 
 
 class ViT(nn.Module):

@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['HALF', 'CLIP_COLOURS', 'IMAGENET_COLOURS', 'RESAMPLE', 'as_picture', 'Preprocess', 'preprocess_from_config',
-           'find_file', 'load_preprocess']
+           'load_preprocess']
 
 # %% ../../nbs/vision/images.ipynb #f98d22cf
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-# %% ../../nbs/vision/images.ipynb #af534edc
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))            # mean and standard deviation: [0, 1] to [-1, 1]
+# %% ../../nbs/vision/images.ipynb #e026722b
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))                                # mean and std: [0, 1] to [-1, 1]
 CLIP_COLOURS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET_COLOURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}     # Pillow's numbers, also in the settings files
@@ -37,13 +36,13 @@ def as_picture(image):
         raise ValueError(f"images: got a picture of {image.width}x{image.height} pixels, need at least 1x1")
     return image.convert("RGB")
 
-# %% ../../nbs/vision/images.ipynb #e05ab3c9
+# %% ../../nbs/vision/images.ipynb #1c148771
 @dataclass(frozen=True)
 class Preprocess:
     """Pictures -> what an encoder reads, as the image processors of `transformers` do it: pad, resize, crop, normalise.
 
-    `Preprocess(...)(images)`: one or a list of Pillow pictures, arrays (H, W, 3) or tensors (3, H, W) of bytes ->
-    float32 (n, 3, height, width). Raises `ValueError` for other input and for pictures that end up with different sizes."""
+    `Preprocess(...)(images)`: Pillow pictures, arrays (H, W, 3) or tensors (3, H, W) of bytes, one or a list -> float32
+    (n, 3, height, width). Raises `ValueError` for other input and for pictures that end up with different sizes."""
     size: int | tuple                  # shorter edge, or (height, width)
     crop: tuple | None = None          # (height, width) cut out of the centre; black where the picture is smaller
     mean: tuple = HALF[0]
@@ -52,27 +51,23 @@ class Preprocess:
     pad_to_square: bool = False        # before resizing, in the mean colour
 
     def __post_init__(self):
-        def check(name, ok, need):
+        for name in ("size", "crop", "mean", "std"):                     # json has lists
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))           # frozen for its users only
+
+        def numbers(value, count, kind, least):
+            right = isinstance(value, tuple) and len(value) == count
+            return right and all(isinstance(v, kind) and v > least for v in value)
+
+        edge = type(self.size) is int and self.size > 0                  # True is no number of pixels
+        for name, ok, need in (
+                ("size", edge or numbers(self.size, 2, int, 0), "a positive number or (height, width)"),
+                ("crop", self.crop is None or numbers(self.crop, 2, int, 0), "(height, width)"),
+                ("mean", numbers(self.mean, 3, (int, float), -1e9), "three numbers"),
+                ("std", numbers(self.std, 3, (int, float), 0), "three numbers above 0"),
+                ("resample", self.resample in RESAMPLE, f"one of {sorted(RESAMPLE)}")):
             if not ok:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, need {need}")
-
-        def is_pair(value):
-            pair = isinstance(value, (list, tuple)) and len(value) == 2
-            return pair and all(isinstance(v, int) and v > 0 for v in value)
-
-        edge = isinstance(self.size, int) and not isinstance(self.size, bool) and self.size > 0
-        check("size", edge or is_pair(self.size), "a positive number or (height, width)")
-        check("crop", self.crop is None or is_pair(self.crop), "(height, width)")
-        check("resample", self.resample in RESAMPLE, f"one of {sorted(RESAMPLE)}")
-        for name, least in (("mean", -1e9), ("std", 0)):
-            value = getattr(self, name)
-            ok = isinstance(value, (list, tuple)) and len(value) == 3
-            ok = ok and all(isinstance(v, (int, float)) and v > least for v in value)
-            check(name, ok, "three numbers" + " above 0" * (least == 0))
-            object.__setattr__(self, name, tuple(map(float, value)))     # the dataclass is frozen for its users
-        for name in ("size", "crop"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def __call__(self, images):
         return self.normalize(self.pixels(images))
@@ -115,9 +110,9 @@ class Preprocess:
         top, left = (image.height - height) // 2, (image.width - width) // 2
         return image.crop((left, top, left + width, top + height))       # Pillow gives black outside of the picture
 
-# %% ../../nbs/vision/images.ipynb #d94791de
+# %% ../../nbs/vision/images.ipynb #0360402b
 def preprocess_from_config(settings):
-    "A `Preprocess` from a preprocessor_config.json of SigLIP, CLIP, DINOv2 or LLaVA; refuses settings it lacks."
+    "A `Preprocess` from a preprocessor_config.json of SigLIP, CLIP, DINOv2 or LLaVA, else `ValueError`."
     def edges(value):                                                    # a dict of edges, or a number
         if isinstance(value, dict) and set(value) == {"height", "width"}:
             return value["height"], value["width"]
@@ -136,25 +131,13 @@ def preprocess_from_config(settings):
                       names[resample], bool(pads))
 
 
-def find_file(source, name):
-    "The path of a file in a local folder or a Hub repository; None where there is no such file."
-    if Path(source).is_dir():
-        return path if (path := Path(source) / name).is_file() else None
-    from huggingface_hub import hf_hub_download                          # loads slowly
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    try:
-        return Path(hf_hub_download(str(source), name))
-    except LocalEntryNotFoundError:                                      # offline: not known whether there is one
-        raise
-    except EntryNotFoundError:
-        return None
-
-
 def load_preprocess(source):
     "The `Preprocess` of an encoder in a folder or on the Hub; `ValueError` where there is none."
-    for name, inside in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
-        if path := find_file(source, name):
-            settings = json.loads(path.read_text(encoding="utf-8"))
-            if settings := settings if inside is None else settings.get(inside):
-                return preprocess_from_config(settings)
-    raise ValueError(f"{source}: got no preprocessor_config.json, need one, or preprocess=Preprocess(...)")
+    from vlmamba_lite.files import file_finder                           # loads huggingface_hub, slowly
+    try:
+        path = file_finder(str(source))("preprocessor_config.json", "processor_config.json")
+    except FileNotFoundError as error:
+        need = "need one, or preprocess=Preprocess(...)"
+        raise ValueError(f"{source}: got no preprocessor_config.json, {need} ({error})") from error
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    return preprocess_from_config(settings.get("image_processor", settings))

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOWER_SHAPES', 'TIMM_NAMES', 'MODEL_TYPES', 'CONFIG_FIELDS', 'ENCODERS', 'tower_name', 'tower_config', 'new_tower',
-           'layer_index', 'cut_after', 'vision_config', 'Tower', 'config_fields', 'SigLIP', 'CLIP', 'DINOv2',
-           'FusedEncoder', 'half_range', 'build_encoder', 'encoder_spec', 'load_encoder', 'attention_map',
-           'feature_map']
+           'layer_index', 'cut_after', 'vision_config', 'Tower', 'SigLIP', 'CLIP', 'DINOv2', 'FusedEncoder',
+           'half_range', 'build_encoder', 'load_encoder', 'attention_map', 'feature_map']
 
 # %% ../../nbs/vision/towers.ipynb #dac1d538
 from dataclasses import asdict, replace
@@ -19,14 +18,14 @@ from torch import nn
 from .encoders import ConvEncoder, ViT, check_pictures
 from .images import CLIP_COLOURS, HALF, IMAGENET_COLOURS, Preprocess, load_preprocess
 
-# %% ../../nbs/vision/towers.ipynb #a370a2a1
+# %% ../../nbs/vision/towers.ipynb #f06a3531
 _LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
 _TINY = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, patch_size=8, image_size=32)
 
 TOWER_SHAPES = {
-    "google/siglip-so400m-patch14-384": dict(model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304,
-                                             num_hidden_layers=27, num_attention_heads=16, patch_size=14,
-                                             image_size=384),
+    "google/siglip-so400m-patch14-384": dict(
+        model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
+        num_attention_heads=16, patch_size=14, image_size=384),
     "openai/clip-vit-large-patch14-336": dict(model_type="clip_vision_model", intermediate_size=4096,
                                               image_size=336, **_LARGE),
     "facebook/dinov2-large": dict(model_type="dinov2", image_size=518, **_LARGE),
@@ -53,16 +52,6 @@ CONFIG_FIELDS = tuple("""model_type hidden_size intermediate_size mlp_ratio num_
     projection_dim initializer_range initializer_factor""".split())
 
 # %% ../../nbs/vision/towers.ipynb #5fc4dd1e
-def _transformers():
-    "The module, imported late."
-    try:
-        import transformers
-    except ImportError as error:
-        text = f"SigLIP, CLIP and DINOv2 need transformers, try: pip install transformers ({error})"
-        raise ImportError(text) from error
-    return transformers
-
-
 def tower_name(name):
     "A name of `timm` that ML-Mamba or Cobra uses -> the Hub id of the same weights; everything else unchanged."
     bare = str(name).removeprefix("timm/")
@@ -79,15 +68,17 @@ def tower_config(shape):
         raise ValueError(f"config: got unknown fields {unknown}, need some of {CONFIG_FIELDS}")
     if shape.get("model_type") not in MODEL_TYPES:
         raise ValueError(f"config: got model_type {shape.get('model_type')!r}, need one of {sorted(MODEL_TYPES)}")
+    import transformers                                                  # loads slowly
     fields = {name: value for name, value in shape.items() if name != "model_type"}
-    return getattr(_transformers(), MODEL_TYPES[shape["model_type"]][0])(**fields)
+    return getattr(transformers, MODEL_TYPES[shape["model_type"]][0])(**fields)
 
 
 def new_tower(shape, device=None):
     "A vision model of `transformers` with random weights; device='meta' makes one without any, for counting."
-    config = tower_config(shape)
+    import transformers
+    config = tower_config(shape) if isinstance(shape, (str, dict)) else shape
     with torch.device(device or torch.get_default_device()):
-        return getattr(_transformers(), MODEL_TYPES[config.model_type][1])(config)
+        return getattr(transformers, MODEL_TYPES[config.model_type][1])(config)
 
 # %% ../../nbs/vision/towers.ipynb #18d6c567
 def layer_index(layer, count):
@@ -117,8 +108,9 @@ def cut_after(model, layer):
 
 def vision_config(source):
     "The config of the vision model in a folder or on the Hub; `ValueError` where there is none."
+    from transformers import AutoConfig
     try:
-        config = _transformers().AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{source}: cannot be read as a model of transformers: {reason}") from error
@@ -129,21 +121,18 @@ class Tower(nn.Module):
     """A pretrained vision transformer of `transformers` as an encoder; the base of `SigLIP`, `CLIP` and `DINOv2`.
 
     `config`: a name in `TOWER_SHAPES` or a dict, for random weights. `layer`: of the `hidden_states`. `preprocess`: a
-    `Preprocess` or its fields, by default the published one of the family.
-    """
+    `Preprocess` or its fields, by default the published one of the family."""
     kind, model_types, options = "", (), {}
 
     def __init__(self, config=None, layer=-2, frozen=True, preprocess=None, device=None, model=None):
         super().__init__()
         if model is None:
-            if isinstance(config, dict):
-                config = {"model_type": self.model_types[0], **config}
-            config = tower_config(config)
+            config = tower_config({"model_type": self.model_types[0], **config} if isinstance(config, dict) else config)
             if config.model_type not in self.model_types:
                 raise ValueError(f"config: got model_type {config.model_type!r}, need one of {self.model_types}")
             if config.num_channels != 3:
                 raise ValueError(f"config: got num_channels {config.num_channels}, need 3")
-            model = new_tower(config_fields(config), device)
+            model = new_tower(config, device)
         self.model = getattr(model, "vision_model", model)               # older transformers wrap it once more
         self.layer, self.frozen, config = cut_after(self.model, layer), frozen, self.model.config
         self.dim, self.patch_size, self.image_size = config.hidden_size, config.patch_size, config.image_size
@@ -158,8 +147,7 @@ class Tower(nn.Module):
         """An encoder with its weights and its `Preprocess`, from a folder, the Hub, or a name of `timm`.
 
         image_size: pictures are squeezed to that square, as in ML-Mamba, whatever the encoder's own settings say.
-        pad_to_square: pad first, as LLaVA-1.5 does. Raises `ValueError` for another kind of model, for missing weights.
-        """
+        pad_to_square: pad first, as LLaVA-1.5 does. Raises `ValueError` for another kind of model, missing weights."""
         source = tower_name(source)
         preprocess = preprocess or load_preprocess(source)
         changes = dict(size=(image_size, image_size), crop=None) if image_size else {}
@@ -167,11 +155,19 @@ class Tower(nn.Module):
         config = vision_config(source)
         if config.model_type not in cls.model_types:
             raise ValueError(f"{source}: got a model of type {config.model_type!r}, need one of {cls.model_types}")
-        model = getattr(_transformers(), MODEL_TYPES[config.model_type][1])
+        import transformers
+        model = getattr(transformers, MODEL_TYPES[config.model_type][1])
         model, report = model.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{source}: got no weights for {len(missing)} parameters, the first is {missing[0]}")
         return cls(layer=layer, frozen=frozen, preprocess=replace(preprocess, **changes), model=model)
+
+    @classmethod
+    def published(cls, size):
+        "The family's own `Preprocess`: a square, or the shorter edge `enlarged` times as long and the centre cut out."
+        if cls.enlarged is None:
+            return Preprocess((size, size), None, *cls.colours)
+        return Preprocess(round(size * cls.enlarged), (size, size), *cls.colours)
 
     def forward(self, images):
         "Pictures (b, 3, H, W) as its `preprocess` makes them -> tokens (b, h w, dim) in their dtype, (h, w)."
@@ -186,55 +182,38 @@ class Tower(nn.Module):
 
     def spec(self):
         "A dict for a json file, from which `build_encoder` makes the same encoder, without its weights."
-        settings = dict(layer=self.layer, frozen=self.frozen, preprocess=asdict(self.preprocess))
-        return dict(kind=self.kind, config=config_fields(self.model.config), **settings)
-
-
-def config_fields(config):
-    "The fields of a config object that a file has to keep."
-    return {name: getattr(config, name) for name in CONFIG_FIELDS if hasattr(config, name)}
+        config = {name: getattr(self.model.config, name) for name in CONFIG_FIELDS if hasattr(self.model.config, name)}
+        return dict(kind=self.kind, config=config, layer=self.layer, frozen=self.frozen,
+                    preprocess=asdict(self.preprocess))
 
 # %% ../../nbs/vision/towers.ipynb #f16be889
 class SigLIP(Tower):
     "SigLIP's image encoder (arXiv 2303.15343; VL-Mamba's choice): no class token. `SigLIP(config)` has random weights."
     kind, model_types, options = "siglip", ("siglip_vision_model",), dict(interpolate_pos_encoding=True)
-
-    @staticmethod
-    def published(size):
-        "Squeezed to a square, in [-1, 1]."
-        return Preprocess((size, size), None, *HALF)
+    enlarged, colours = None, HALF
 
 
 class CLIP(Tower):
     "CLIP's image encoder (arXiv 2103.00020; LLaVA-1.5's and VL-Mamba's baseline), its class token dropped."
     kind, model_types, options = "clip", ("clip_vision_model",), dict(interpolate_pos_encoding=True)
-
-    @staticmethod
-    def published(size):
-        "The shorter edge resized, the centre cut out, CLIP's colours."
-        return Preprocess(size, (size, size), *CLIP_COLOURS)
+    enlarged, colours = 1, CLIP_COLOURS
 
 
 class DINOv2(Tower):
     "DINOv2's encoder (arXiv 2304.07193), with or without registers (arXiv 2309.16588), which are dropped."
     kind, model_types, options = "dinov2", ("dinov2", "dinov2_with_registers"), {}       # it always interpolates
-
-    @staticmethod
-    def published(size):
-        "The shorter edge resized a little larger (256 for 224), the centre cut out, ImageNet's colours."
-        return Preprocess(round(size * 256 / 224), (size, size), *IMAGENET_COLOURS)
+    enlarged, colours = 256 / 224, IMAGENET_COLOURS
 
 # %% ../../nbs/vision/towers.ipynb #727275dc
 class FusedEncoder(nn.Module):
-    """Towers side by side, their tokens joined channel by channel (ML-Mamba, equation 5); one alone is fine.
-
-    `preprocess`: by default that of the last tower with the colours of [-1, 1]."""
+    "Towers, or one, their tokens joined channel by channel (ML-Mamba, equation 5), for pictures in [-1, 1] by default."
     def __init__(self, towers, preprocess=None):
         super().__init__()
-        if not towers:
+        self.towers = nn.ModuleList(towers)
+        if not len(self.towers):
             raise ValueError("towers: got none, need at least one")
-        self.towers, self.dim = nn.ModuleList(towers), sum(tower.dim for tower in towers)
-        self.preprocess = preprocess or replace(towers[-1].preprocess, mean=HALF[0], std=HALF[1])
+        self.dim = sum(tower.dim for tower in self.towers)
+        self.preprocess = preprocess or replace(self.towers[-1].preprocess, mean=HALF[0], std=HALF[1])
 
     def recoloured(self, images, new):
         "Pictures (b, 3, H, W) normalised as `self.preprocess` says -> as the `Preprocess` `new` says."
@@ -252,53 +231,45 @@ class FusedEncoder(nn.Module):
             raise ValueError(f"towers: got {got}, need one")
         return torch.cat([tokens for tokens, _ in seen], -1), seen[0][1]
 
+    def spec(self):
+        "A dict for a json file, from which `build_encoder` makes the same encoder, without its weights."
+        towers = [tower.spec() for tower in self.towers]
+        return dict(kind="fused", towers=towers, preprocess=asdict(self.preprocess))
+
 
 def half_range(encoder):
     "An encoder for pictures in [-1, 1], as the rest of the library makes them: itself, or in a `FusedEncoder`."
     preprocess = getattr(encoder, "preprocess", None)
     return encoder if preprocess is None or (preprocess.mean, preprocess.std) == HALF else FusedEncoder([encoder])
 
-# %% ../../nbs/vision/towers.ipynb #ab607ede
+# %% ../../nbs/vision/towers.ipynb #0d823091
 ENCODERS = {"conv": ConvEncoder, "vit": ViT, "siglip": SigLIP, "clip": CLIP, "dinov2": DINOv2, "fused": FusedEncoder}
 
 
 def build_encoder(spec):
-    """An encoder with random weights from a dict: `kind`, a name in `ENCODERS` (default "conv"), and its arguments.
-
-    The `spec()` of a tower is such a dict; "fused" takes `towers`, a list of them.
-    """
-    spec = dict(spec)
-    kind = spec.pop("kind", "conv")
-    if kind not in ENCODERS:
+    "An encoder with random weights from a dict: `kind`, a name in `ENCODERS`, and its arguments; or from a `spec()`."
+    args = {name: value for name, value in spec.items() if name != "kind"}
+    if (kind := spec.get("kind", "conv")) not in ENCODERS:
         raise ValueError(f"kind: got {kind!r}, need one of {sorted(ENCODERS)}")
-    if kind != "fused":
-        return ENCODERS[kind](**spec)
-    preprocess = spec.get("preprocess")
-    return FusedEncoder([build_encoder(tower) for tower in spec["towers"]], preprocess and Preprocess(**preprocess))
-
-
-def encoder_spec(encoder):
-    "The dict from which `build_encoder` makes a tower or a `FusedEncoder` again."
-    if isinstance(encoder, FusedEncoder):
-        towers = [tower.spec() for tower in encoder.towers]
-        return dict(kind="fused", towers=towers, preprocess=asdict(encoder.preprocess))
-    return encoder.spec()
+    if kind == "fused":
+        preprocess = spec.get("preprocess")
+        args = dict(towers=map(build_encoder, spec["towers"]), preprocess=preprocess and Preprocess(**preprocess))
+    return ENCODERS[kind](**args)
 
 
 def load_encoder(source, **options):
-    """The pretrained encoder in a folder, on the Hub or of a `timm` name; several, joined by '+', are fused.
+    """The pretrained encoder in a folder, on the Hub or of a `timm` name; several, joined by '+', as a `FusedEncoder`.
 
     options: those of `from_pretrained`, for each of them. Raises `ValueError` for any other model."""
     if "+" in str(source) and not Path(source).exists():
         return FusedEncoder([load_encoder(part.strip(), **options) for part in str(source).split("+")])
-    name = tower_name(source)
-    model_type = vision_config(name).model_type
-    for family in (SigLIP, CLIP, DINOv2):
-        if model_type in family.model_types:
-            return family.from_pretrained(name, **options)
-    raise ValueError(f"{source}: got a model of type {model_type!r}, need one of {sorted(MODEL_TYPES)}")
+    model_type = vision_config(tower_name(source)).model_type
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"{source}: got a model of type {model_type!r}, need one of {sorted(MODEL_TYPES)}")
+    family = next(family for family in (SigLIP, CLIP, DINOv2) if model_type in family.model_types)
+    return family.from_pretrained(source, **options)
 
-# %% ../../nbs/vision/towers.ipynb #4c0cdf2c
+# %% ../../nbs/vision/towers.ipynb #6f427b49
 @torch.no_grad()
 def attention_map(encoder, images, patch=None, layer=-1):
     """The attention in one layer of a `ViT` or a `Tower`: weights (b, heads, height, width).
@@ -326,7 +297,7 @@ def attention_map(encoder, images, patch=None, layer=-1):
 
 
 def feature_map(tokens, grid):
-    "Tokens (height × width, dim) of one picture -> (height, width, 3): its principal components in [0, 1]."
+    "Tokens (height × width, dim) of a picture -> (height, width, 3): three principal components, stretched to [0, 1]."
     x = tokens.detach().float() - tokens.detach().float().mean(0)
     parts = torch.linalg.svd(x, full_matrices=False)[2][:3]              # (3, dim)
     parts = parts * parts.gather(1, parts.abs().argmax(1, keepdim=True)).sign()      # the largest entry is positive
