@@ -1,9 +1,11 @@
 """The grid: its statistics, its rows, its tasks, that it skips, prices and refuses as it says; and that every number in a table comes from a file."""
+import ast
 import json
 import math
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -11,15 +13,31 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vlmamba_lite import data as D
-from vlmamba_lite.data.batches import Batch
-from vlmamba_lite.data.easy_vqa import VQABatches
-from vlmamba_lite.evaluation import ablations as T
+from vlmamba_lite.data.batches import Batch, pad_rows
+from vlmamba_lite.data.conversations import EOS, UNK, Codec, Conversation, build_tokenizer, encode_conversation
+from vlmamba_lite.data.easy_vqa import VQABatches, VQASet
+from vlmamba_lite.data.pictures import normalize, process_images
+from vlmamba_lite.data.sort_of_clevr import CLEVR_COLORS, NON_RELATIONAL, RELATIONAL, SortOfClevr, random_scene, scene_answer
 from vlmamba_lite.evaluation import grid as A
 from vlmamba_lite.evaluation.answers import answer_all
 from vlmamba_lite.training.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def definitions(name):
+    "What a chapter defines: its module's names, and the functions and constants of its own cells."
+    cells = [c.source for c in nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4).cells if c.cell_type == "code"]
+    module = next(m[1] for source in cells if (m := re.search(r"#\| *default_exp ([\w.]+)", source)))
+    space = dict(vars(__import__(f"vlmamba_lite.{module}", fromlist=["x"])))
+    for node in (node for source in cells if "#| export" not in source for node in ast.parse(source).body):
+        constant = isinstance(node, ast.Assign) and not any(isinstance(inner, ast.Call) for inner in ast.walk(node))
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef) or constant and re.match("[A-Z]", ast.unparse(node)):
+            exec(compile(ast.Module([node], []), name, "exec"), space)
+    return SimpleNamespace(**space)
+
+
+T = definitions("evaluation/20_ablations")
 
 
 # ---- statistics ----
@@ -72,7 +90,13 @@ def test_intervals_cover_as_often_as_they_say():
 
 # ---- rows ----
 
-WORDS = D.build_tokenizer(["is it red?", "yes no"])
+WORDS = build_tokenizer(["is it red?", "yes no"])
+
+
+def encode_turn(tokenizer, question, answer):
+    "One question and its answer as (input_ids, labels) of a row of the template `lite`."
+    row, = encode_conversation(Conversation(repr(question), [], [(question, answer)]), Codec(tokenizer), "lite")
+    return row.input_ids, row.labels
 
 
 def batch(pictures=2, questions=2):
@@ -152,13 +176,13 @@ def naive_question_first(model, image, ids, prompt):
 @pytest.mark.parametrize("mixer", ["mamba2", "mamba", "attention"])
 def test_question_first_is_one_sequence(mixer, monkeypatch):
     language = dict(d_model=96, n_layer=2, mixer=mixer, mixer_args=dict(headdim=32) if mixer == "attention" else {} if mixer == "mamba" else dict(d_state=8, headdim=32))
-    monkeypatch.setitem(A.ROWS, "mine", A.Row("mine", language=language, question_first=True))
+    monkeypatch.setitem(A.ROWS, "mine", A.GridRow("mine", language=language, question_first=True))
     model = A.build_row("mine", WORDS).double().eval()
     images = batch()[0].double()
     turns = [("is red?", "yes"), ("is it red is it?", "no no"), ("red?", "yes"), ("is it?", "yes yes yes")]
-    ids, labels = zip(*(D.encode_turn(WORDS, *turn) for turn in turns))
+    ids, labels = zip(*(encode_turn(WORDS, *turn) for turn in turns))
     prompt = [row.count(-100) for row in labels]
-    output = model(Batch.from_rows(images, D.pad_rows(ids, 0), D.pad_rows(labels, -100)))
+    output = model(Batch.from_rows(images, pad_rows(ids, 0), pad_rows(labels, -100)))
     losses = []
     for i, own in enumerate(ids):
         want = naive_question_first(model, images[i // 2:i // 2 + 1], torch.tensor(own), prompt[i])
@@ -168,19 +192,19 @@ def test_question_first_is_one_sequence(mixer, monkeypatch):
 
 
 def test_question_first_answers_are_its_own_greedy_words():
-    data = D.VQASet(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), *[None] * 8)
+    data = VQASet(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), *[None] * 8)
     turns = [("is it red?", "yes"), ("red?", "no"), ("is it?", "yes")]
-    ids, labels = zip(*(D.encode_turn(WORDS, *turn) for turn in turns))
-    data = replace(data, input_ids=D.pad_rows(ids, 0), labels=D.pad_rows(labels, -100), prompt=torch.tensor([4, 2, 3]), types=np.zeros(3, int),
+    ids, labels = zip(*(encode_turn(WORDS, *turn) for turn in turns))
+    data = replace(data, input_ids=pad_rows(ids, 0), labels=pad_rows(labels, -100), prompt=torch.tensor([4, 2, 3]), types=np.zeros(3, int),
                    table=np.array([[0, 1], [2, -1]]), questions=[q for q, _ in turns], answers=[a for _, a in turns], image_of=np.array([0, 0, 1]))
     model = A.build_row("question_first", WORDS, 3)
     got = answer_all(model, data, batch_size=2, start=A.after_question)
     for row, text in enumerate(got):
-        words, image = list(ids[row][:data.prompt[row]]), D.normalize(data.images[data.image_of[row]][None])
+        words, image = list(ids[row][:data.prompt[row]]), normalize(data.images[data.image_of[row]][None])
         for _ in range(3):
             words.append(int(naive_question_first(model.eval(), image, torch.tensor(words), int(data.prompt[row]))[-1].argmax()))
         new = words[data.prompt[row]:]
-        stop = new.index(WORDS.token_to_id(D.EOS)) if WORDS.token_to_id(D.EOS) in new else None
+        stop = new.index(WORDS.token_to_id(EOS)) if WORDS.token_to_id(EOS) in new else None
         assert text == WORDS.decode(new[:stop], skip_special_tokens=False) + ("" if stop is not None else " ...")
 
 
@@ -196,11 +220,11 @@ def clevr():
 
 
 def test_the_set_is_the_one_of_the_course(clevr):
-    records = D.SortOfClevr(12, seed=3)
+    records = SortOfClevr(12, seed=3)
     for i in range(12):
         own = [(clevr.questions[r], clevr.answers[r]) for r in clevr.table[i] if r >= 0 and clevr.types[r] < 3]
         assert own == list(zip(records[i]["questions"], records[i]["answers"]))
-        assert torch.equal(clevr.images[i], D.process_images([records[i]["image"]], 64)[0])
+        assert torch.equal(clevr.images[i], process_images([records[i]["image"]], 64)[0])
     assert set(A.clevr_set(12, seed=3).questions) <= set(A.CLEVR_QUESTIONS)
 
 
@@ -210,26 +234,26 @@ def test_rows_decode_to_their_turns(clevr):
         ids, prompt = clevr.input_ids[row], int(clevr.prompt[row])
         assert words.decode(ids[:prompt].tolist()) == re.sub(r"\?", " ?", clevr.questions[row])
         assert words.decode(clevr.labels[row][clevr.labels[row] != -100].tolist()) == clevr.answers[row]
-    assert words.token_to_id(D.UNK) not in clevr.input_ids
+    assert words.token_to_id(UNK) not in clevr.input_ids
 
 
 @pytest.mark.parametrize("first", range(6))
 def test_lists_say_what_the_questions_say(first):
-    colors = "|".join(D.CLEVR_COLORS)
+    colors = "|".join(CLEVR_COLORS)
     for seed in range(12):
-        scene = D.random_scene(np.random.default_rng((seed, first)))
+        scene = random_scene(np.random.default_rng((seed, first)))
         said, turns = {}, A.scene_lists(scene, first)
         assert [q.split()[0] for q, _ in turns] == ["describe"] * 2 + ["list"] * 3
-        assert turns[4][0] == "list " + D.RELATIONAL["count"].format(list(D.CLEVR_COLORS)[first])        # numbers have no ties
+        assert turns[4][0] == "list " + RELATIONAL["count"].format(list(CLEVR_COLORS)[first])        # numbers have no ties
         for question, text in turns:
-            kinds = list(D.NON_RELATIONAL) if question == "describe" else [A.CLEVR_QUESTIONS[question.removeprefix("list ")]]
+            kinds = list(NON_RELATIONAL) if question == "describe" else [A.CLEVR_QUESTIONS[question.removeprefix("list ")]]
             begin = [] if question == "describe" else [re.search(colors, question)[0]]
             parts = [*begin, *(part.strip() for part in re.split(rf"\b({colors})\b", text) if part.strip())]
             for color, words in zip(parts[::2], parts[1::2], strict=True):
                 said |= {(kind, color): word for kind, word in zip(kinds, words.split(), strict=True)}
-        for i, color in enumerate(D.CLEVR_COLORS):
-            for kind in (*D.NON_RELATIONAL, *D.RELATIONAL):
-                assert said.get((kind, color)) == D.scene_answer(scene, kind, i)
+        for i, color in enumerate(CLEVR_COLORS):
+            for kind in (*NON_RELATIONAL, *RELATIONAL):
+                assert said.get((kind, color)) == scene_answer(scene, kind, i)
 
 
 def test_scores_by_hand(clevr):
@@ -279,7 +303,7 @@ def quick(monkeypatch):
     "Two rows and two tasks that take no time."
     tiny = dict(d_model=16, n_layer=1, mixer_args=dict(d_state=8, headdim=8, chunk_size=32))
     eye = dict(dim=16, width=8, image_size=64)
-    rows = {"a": A.Row("A", dict(vision=eye), tiny), "b": A.Row("B", dict(vision=eye, connector="mlp"), tiny)}
+    rows = {"a": A.GridRow("A", dict(vision=eye), tiny), "b": A.GridRow("B", dict(vision=eye, connector="mlp"), tiny)}
     recipe = A.Recipe(steps=3, batch_size=4, questions=6, phases=A.CLEVR_PHASES, evaluations=2)
     task = A.Task(recipe, A.load_clevr, A.clevr_score, (8, 2, 3), True, False)
     monkeypatch.setattr(A, "ROWS", rows)
@@ -557,7 +581,6 @@ def recompute(path, monkeypatch):
 
 def run(source, space):
     "Runs a cell; what its last expression is."
-    import ast
     tree = ast.parse(source)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "cell", "exec"), space)
