@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from itertools import islice
 from textwrap import fill, shorten
 
-# %% ../../nbs/evaluation/18_answers.ipynb #c5f5fe48
 import numpy as np
 import torch
 

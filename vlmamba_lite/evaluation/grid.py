@@ -31,7 +31,7 @@ from ..data.sort_of_clevr import (CLEVR_COLORS, NON_RELATIONAL, RELATIONAL, draw
                                              scene_answer, scene_questions)
 from .answers import accuracy_by_type, answer_all, pixels_of
 from .cost import timed_turn
-from ..files import naming
+from ..files import read_json
 from ..model.memory import count_parameters
 from ..model.presets import lite_config, override
 from ..model.vlmamba import VLMamba
@@ -109,8 +109,7 @@ class OneWay(nn.Module):
 def tail(x, start, fill):
     "Rows (n, T) from their own `start` (n,) on, as (n, longest), `fill`ed up on the right."
     width = x.shape[1] - int(start.min())
-    place = start[:, None] + torch.arange(width, device=x.device)
-    return nn.functional.pad(x, (0, width), value=fill).gather(1, place)
+    return nn.functional.pad(x, (0, width), value=fill).gather(1, start[:, None] + torch.arange(width, device=x.device))
 
 
 class QuestionFirst(VLMamba):
@@ -337,12 +336,8 @@ def run_row(task, row, seed=0, device="cpu"):
 # %% ../../nbs/evaluation/grid.ipynb #2da36226
 def kept_result(path, settings):
     "The result in a file, None without one. ValueError, naming the file, where it holds none or one of other settings."
-    if not path.is_file():
-        return None
-    with naming(path):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        before = result["settings"]
-    for name, need, got in differences(settings, before):
+    result = read_json(path) if path.is_file() else None
+    for name, need, got in differences(settings, result.get("settings", {})) if result is not None else ():
         raise ValueError(f"{path}: {name}: got {got}, need {need}; "
                          "this file was made with other settings, move it away to run it again")
     return result
@@ -367,8 +362,8 @@ def run_grid(rows=None, tasks=None, seeds=5, output=Path("data/results/ablations
     plan, began, before = [], time.monotonic(), torch.get_num_threads()
     for task, row, seed in itertools.product(tasks, rows, range(seeds)):
         path, settings = Path(output) / f"{task}.{row}.seed{seed}.json", row_settings(task, row)
-        plan.append(dict(task=task, row=row, seed=seed, path=path, result=kept_result(path, settings)))
-        plan[-1]["done"] = plan[-1]["result"] is not None
+        run = dict(task=task, row=row, seed=seed, path=path, settings=settings, result=kept_result(path, settings))
+        plan.append(dict(run, done=run["result"] is not None))
     torch.set_num_threads(threads)
     try:
         if dry_run:
@@ -376,11 +371,10 @@ def run_grid(rows=None, tasks=None, seeds=5, output=Path("data/results/ablations
         for run in plan:
             if run["done"] or minutes is not None and time.monotonic() - began >= 60 * minutes:
                 continue
-            settings = row_settings(run["task"], run["row"])
-            run["result"] = kept_result(run["path"], settings)           # another process may have run it meanwhile
+            run["result"] = kept_result(run["path"], run["settings"])    # another process may have run it meanwhile
             if run["result"] is None:
                 write_result(run["path"], **run_row(run["task"], run["row"], run["seed"], device))
-                run["result"] = kept_result(run["path"], settings)
+                run["result"] = kept_result(run["path"], run["settings"])
                 if on_row is not None:
                     on_row(run["result"])
     finally:
