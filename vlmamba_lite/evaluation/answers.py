@@ -141,13 +141,12 @@ def pick_samples(predictions, data, count=8, seed=0):
     order = np.random.default_rng(seed).permutation(len(predictions))
     wrong = [r for r in order if predictions[r] != data.answers[r]]
     right = [r for r in order if predictions[r] == data.answers[r]]
-    rows, seen = [], set()
+    shown = {}                                                             # picture -> row
     for candidates, limit in ((wrong, count // 2), (right, count), (wrong, count)):
         for r in candidates:
-            if data.image_of[r] not in seen and len(rows) < limit:
-                rows.append(int(r))
-                seen.add(data.image_of[r])
-    return rows
+            if len(shown) < limit:
+                shown.setdefault(data.image_of[r], int(r))
+    return list(shown.values())
 
 # %% ../../nbs/evaluation/18_answers.ipynb #305ace8b
 #| code-fold: true

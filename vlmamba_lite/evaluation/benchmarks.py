@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCAN_SHAPES', 'LONGEST', 'SSD_SHAPES', 'SSD_GPU_SHAPES', 'CARDS', 'BLOCKS', 'WRITING', 'peer', 'scan_inputs_of',
-           'mambapy_scan', 'scan_peers', 'bench_scan', 'ssd_inputs_of', 'ssd_peer', 'synchronised', 'bench_ssd',
-           'block_parts', 'mamba_peer', 'bench_block', 'bench_directions', 'scaling_models', 'bench_scaling',
-           'exponents', 'step_operations', 'runnable_blocks', 'use_blocks', 'random_model', 'random_rows', 'most_held',
+           'mambapy_scan', 'scan_peers', 'bench_scan', 'ssd_inputs_of', 'ssd_peer', 'bench_ssd', 'block_parts',
+           'mamba_peer', 'bench_block', 'bench_directions', 'scaling_models', 'bench_scaling', 'exponents',
+           'step_operations', 'runnable_blocks', 'use_blocks', 'random_model', 'random_rows', 'most_held',
            'training_form', 'bench_training', 'gpu_name', 'writing_form', 'bench_generation']
 
 # %% ../../nbs/evaluation/benchmarks.ipynb #5ef2fd65
@@ -111,15 +111,6 @@ def ssd_peer():
     return peer("transformers.models.mamba2.modeling_mamba2", "mamba2_chunk_scan", "transformers")
 
 
-def synchronised(step):
-    "A step that waits for the GPU, where there is one: without, one would time how long it takes to ask."
-    def run():
-        result = step()
-        torch.cuda.synchronize()
-        return result
-    return run if torch.cuda.is_available() else step
-
-
 def bench_ssd(repeats=5, seed=0):
     """Forward and backward of our chunked SSD and of transformers'; on a machine with a CUDA GPU its times there, too.
 
@@ -140,8 +131,7 @@ def bench_ssd(repeats=5, seed=0):
     for shape in SSD_GPU_SHAPES:
         x, dt, A, B, C, D = (i.cuda() for i in ssd_inputs_of(shape, seed))
         inputs = x.bfloat16(), dt, A, B.bfloat16(), C.bfloat16(), D
-        steps = {name: synchronised(training_step(lambda *x, form=form: form(*x[:5], D=x[5]), inputs))
-                 for name, form in forms.items()}
+        steps = {name: training_step(lambda *x, f=form: f(*x[:5], D=x[5]), inputs) for name, form in forms.items()}
         result["gpu"].append(dict(shape=shape, **side_by_side(steps, repeats)))
     return result
 
@@ -325,7 +315,7 @@ def bench_training(preset="vl-mamba-2.8b", rows=8, length=512, batch_size=128, r
     stage = replace(RECIPES["vl-mamba"][1], batch_size=batch_size, precision=precision)
     model = random_model(preset, seed)
     step = training_form(model, stage, rows, length, seed)
-    forms = {name: synchronised(partial(step, name)) for name in runnable_blocks()}
+    forms = {name: partial(step, name) for name in runnable_blocks()}
     peaks = {name: most_held(form) for name, form in forms.items()}
     visual, text = batch_size * model.see(random_rows(model, 1, 1).images).shape[1], batch_size * length
     operations, limits, blocks = step_operations(model, visual, text), CARDS.get(gpu_name()), {}
@@ -361,7 +351,7 @@ def bench_generation(preset="vl-mamba-2.8b", tokens=256, repeats=5, seed=0):
     model, cuda = random_model(preset, seed).eval(), torch.cuda.is_available()
     model = model.bfloat16() if cuda else model
     forms = {"steps": False, "graph": True} if cuda else {"steps": False}
-    steps = {name: synchronised(writing_form(model, tokens, graph)) for name, graph in forms.items()}
+    steps = {name: writing_form(model, tokens, graph) for name, graph in forms.items()}
     rates = {name: dict(**times, tokens_per_second=tokens / times["wall_seconds"])
              for name, times in side_by_side(steps, repeats).items()}
     weights, limits = sum(p.numel() * p.element_size() for p in model.language.parameters()), CARDS.get(gpu_name())

@@ -77,7 +77,7 @@ ROWS = {
     "conv+vit": GridRow("conv and ViT", dict(vision=dict(kind="fused", towers=[CONV, VIT], preprocess=dict(size=64)))),
     "question_first": GridRow("question first", question_first=True),
     "attention-64": GridRow("attention, 64 wide, 3 layers", dict(vision=dict(CONV, dim=64)),
-                        dict(ATTENTION, d_model=64, n_layer=3), star=False)}
+                            dict(ATTENTION, d_model=64, n_layer=3), star=False)}
 
 
 def check_names(argument, names, table):
