@@ -34,10 +34,10 @@ def record(name, output, threads, **settings):
     "Runs `bench_<name>`, writes its result file and prints its comparisons."
     with clean_errors():
         import torch
-        from vlmamba_lite import benchmark
+        from vlmamba_lite.evaluation import benchmarks
         from vlmamba_lite.training.results import write_result
         torch.set_num_threads(threads)
-        result = getattr(benchmark, f"bench_{name}")(**settings)
+        result = getattr(benchmarks, f"bench_{name}")(**settings)
         path = output or Path("data/results") / f"bench_{name}.json"
         write_result(path, benchmark=name, threads=threads, **settings, **result)
     for row in result.get("peers", []):
@@ -84,9 +84,9 @@ def kernels_bench(
     with clean_errors():
         if find_spec("triton") is None:
             raise ValueError("bench kernels needs triton, which is not installed")
-        from vlmamba_lite import scan_triton
+        from vlmamba_lite.evaluation.kernels import bench_kernels
         from vlmamba_lite.training.results import write_result
-        result = scan_triton.bench_kernels(shape, case)
+        result = bench_kernels(shape, case)
         path = output or Path("data/results") / f"kernels_{'gpu' if 'times' in result else 'static'}.json"
         write_result(path, benchmark="kernels", **result)
     if "times" in result:

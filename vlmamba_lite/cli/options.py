@@ -44,7 +44,7 @@ def registries():
     from vlmamba_lite.connectors.vss import SCANS
     lists = dict(presets=[*MODEL_PRESETS, *PAPER_PRESETS], encoders=VISION_ENCODERS, connectors=CONNECTORS, scans=SCANS,
                  languages=LANGUAGE_MODELS, recipes=RECIPES, templates=TEMPLATES, trackers=TRACKERS,
-                 benchmarks=[name for name, benchmark in BENCHMARKS.items() if benchmark.rate])    # others need a judge
+                 benchmarks=BENCHMARKS)
     return {name: ", ".join(names) for name, names in lists.items()}
 
 
