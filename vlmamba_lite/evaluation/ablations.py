@@ -38,7 +38,7 @@ def may_guess(scores, guesser):
 
 
 def verdict(scores, others, guesser=-math.inf, comparisons=1):
-    "What two rows (seed -> score) say of the claim that the first is above the second, as one of several comparisons."
+    "The verdict of two rows (seed -> score) on the claim that the first is above, as one of several comparisons."
     difference = paired(scores, others)
     if difference is None or math.isinf(difference[1]):
         return "not run yet"

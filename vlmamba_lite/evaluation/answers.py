@@ -95,7 +95,7 @@ def answer(model, pairs, batch_size=64, max_new_tokens=16, template=None, exact=
 
 
 def after_picture(model, pictures, which, ids, mask):
-    """Where generation starts: each prompt after the state of its picture.
+    """The start of generation: each prompt after the state of its picture.
 
     which (rows,): the picture of each row; ids, mask (rows, T) -> ids, mask, state."""
     if isinstance(pictures[0], list):                                      # states, which `read_image` has made

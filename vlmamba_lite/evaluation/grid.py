@@ -43,7 +43,7 @@ from ..connectors.vss import VSS
 # %% ../../nbs/evaluation/grid.ipynb #64150d9d
 @dataclass(frozen=True)
 class GridRow:
-    "What a row of the grid changes in the `lite` model (VL-Mamba's and ML-Mamba's ablation tables, small)."
+    "A row of the grid: its changes of the `lite` model (VL-Mamba's and ML-Mamba's ablation tables, small)."
     label: str                                     # how tables call it
     changes: dict = field(default_factory=dict)    # arguments of `override`: vision, connector, connector_args, scan
     language: dict = field(default_factory=dict)   # fields of `MambaConfig`
@@ -94,7 +94,7 @@ def row_config(name, vocab_size):
 
 # %% ../../nbs/evaluation/grid.ipynb #a1bb1a7c
 class OneWay(nn.Module):
-    "What remains of a `VSS` with shared weights when only its first scan runs: its Mamba layer, in raster order."
+    "A `VSS` with shared weights of which only the first scan runs: its Mamba layer, in raster order."
     def __init__(self, vss):
         super().__init__()
         if not isinstance(vss, VSS) or not vss.shared:
@@ -131,7 +131,7 @@ class QuestionFirst(VLMamba):
 
 
 def after_question(model, pictures, which, ids, mask):
-    "Where generation starts in a `QuestionFirst`: the last token of each prompt, after the rest of it and the picture."
+    "The start of generation in a `QuestionFirst`: the last token of each prompt, after the rest of it and the picture."
     prompt = mask.sum(1)
     last = ids.gather(1, prompt[:, None] - 1)
     return last, torch.ones_like(last, dtype=torch.bool), model.listen(pixels_of(model, pictures), which, ids, prompt)
@@ -173,7 +173,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Task:
-    "What the rows are trained on and examined in."
+    "A task on which all rows are trained and tested."
     recipe: Recipe             # the same for every row
     load: object               # (*sizes) -> tokenizer, {"train", "validation", "test"} as VQASets
     score: object              # (predictions, data) -> {"all": share, by type ...}
@@ -284,7 +284,7 @@ TASKS |= {"sort-of-clevr": Task(CLEVR, load_clevr, clevr_score, (10_000, 100, 30
 
 # %% ../../nbs/evaluation/grid.ipynb #8c9272ca
 def row_settings(task, row):
-    "What decides the result of a run, beside its seed: as JSON has it. ValueError for an unknown task or row."
+    "All that decides the result of a run beside its seed, as JSON has it. ValueError for an unknown task or row."
     check_names("tasks", [task], TASKS)
     model, row, task = asdict(row_config(row, 1)), ROWS[row], TASKS[task]                # the words come from the task
     return json.loads(json.dumps(dict(model=model, one_way=row.one_way, question_first=row.question_first,

@@ -101,7 +101,7 @@ def _case(kernel, options=False, order=None, **how):
 
 
 def static_cases():
-    "What is counted, by name: (kernel, constants, how)."
+    "The kernels to count, by name: (kernel, constants, how)."
     fast = dict(channels_fastest=True)
     cases = {"simple, as it comes": _case(scan_simple, steps=1, **fast),
              "simple, one lane one channel": _case(scan_simple, steps=1, unhinted=["A"], **fast),
