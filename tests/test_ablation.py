@@ -1,9 +1,11 @@
 """The grid: its statistics, its rows, its tasks, that it skips, prices and refuses as it says; and that every number in a table comes from a file."""
+import ast
 import json
 import math
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -11,13 +13,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vlmamba_lite.data.conversations import EOS, UNK, Conversation, build_tokenizer, encode_conversation
 from vlmamba_lite.data.batches import Batch, pad_rows
+from vlmamba_lite.data.conversations import EOS, UNK, Codec, Conversation, build_tokenizer, encode_conversation
 from vlmamba_lite.data.easy_vqa import VQABatches, VQASet
 from vlmamba_lite.data.pictures import normalize, process_images
-from vlmamba_lite.data.sort_of_clevr import (CLEVR_COLORS, NON_RELATIONAL, RELATIONAL, SortOfClevr, random_scene,
-                                             scene_answer)
-from vlmamba_lite.evaluation import ablations as T
+from vlmamba_lite.data.sort_of_clevr import CLEVR_COLORS, NON_RELATIONAL, RELATIONAL, SortOfClevr, random_scene, scene_answer
 from vlmamba_lite.evaluation import grid as A
 from vlmamba_lite.evaluation.answers import answer_all
 from vlmamba_lite.training.recipes import RECIPES
@@ -25,9 +25,19 @@ from vlmamba_lite.training.recipes import RECIPES
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def encode_turn(tokenizer, question, answer):
-    row, = encode_conversation(Conversation(repr(question), [], [(question, answer)]), tokenizer, "lite")
-    return row.input_ids, row.labels
+def definitions(name):
+    "What a chapter defines: its module's names, and the functions and constants of its own cells."
+    cells = [c.source for c in nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4).cells if c.cell_type == "code"]
+    module = next(m[1] for source in cells if (m := re.search(r"#\| *default_exp ([\w.]+)", source)))
+    space = dict(vars(__import__(f"vlmamba_lite.{module}", fromlist=["x"])))
+    for node in (node for source in cells if "#| export" not in source for node in ast.parse(source).body):
+        constant = isinstance(node, ast.Assign) and not any(isinstance(inner, ast.Call) for inner in ast.walk(node))
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef) or constant and re.match("[A-Z]", ast.unparse(node)):
+            exec(compile(ast.Module([node], []), name, "exec"), space)
+    return SimpleNamespace(**space)
+
+
+T = definitions("evaluation/20_ablations")
 
 
 # ---- statistics ----
@@ -81,6 +91,12 @@ def test_intervals_cover_as_often_as_they_say():
 # ---- rows ----
 
 WORDS = build_tokenizer(["is it red?", "yes no"])
+
+
+def encode_turn(tokenizer, question, answer):
+    "One question and its answer as (input_ids, labels) of a row of the template `lite`."
+    row, = encode_conversation(Conversation(repr(question), [], [(question, answer)]), Codec(tokenizer), "lite")
+    return row.input_ids, row.labels
 
 
 def batch(pictures=2, questions=2):
@@ -160,7 +176,7 @@ def naive_question_first(model, image, ids, prompt):
 @pytest.mark.parametrize("mixer", ["mamba2", "mamba", "attention"])
 def test_question_first_is_one_sequence(mixer, monkeypatch):
     language = dict(d_model=96, n_layer=2, mixer=mixer, mixer_args=dict(headdim=32) if mixer == "attention" else {} if mixer == "mamba" else dict(d_state=8, headdim=32))
-    monkeypatch.setitem(A.ROWS, "mine", A.Row("mine", language=language, question_first=True))
+    monkeypatch.setitem(A.ROWS, "mine", A.GridRow("mine", language=language, question_first=True))
     model = A.build_row("mine", WORDS).double().eval()
     images = batch()[0].double()
     turns = [("is red?", "yes"), ("is it red is it?", "no no"), ("red?", "yes"), ("is it?", "yes yes yes")]
@@ -287,7 +303,7 @@ def quick(monkeypatch):
     "Two rows and two tasks that take no time."
     tiny = dict(d_model=16, n_layer=1, mixer_args=dict(d_state=8, headdim=8, chunk_size=32))
     eye = dict(dim=16, width=8, image_size=64)
-    rows = {"a": A.Row("A", dict(vision=eye), tiny), "b": A.Row("B", dict(vision=eye, connector="mlp"), tiny)}
+    rows = {"a": A.GridRow("A", dict(vision=eye), tiny), "b": A.GridRow("B", dict(vision=eye, connector="mlp"), tiny)}
     recipe = A.Recipe(steps=3, batch_size=4, questions=6, phases=A.CLEVR_PHASES, evaluations=2)
     task = A.Task(recipe, A.load_clevr, A.clevr_score, (8, 2, 3), True, False)
     monkeypatch.setattr(A, "ROWS", rows)
@@ -565,7 +581,6 @@ def recompute(path, monkeypatch):
 
 def run(source, space):
     "Runs a cell; what its last expression is."
-    import ast
     tree = ast.parse(source)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "cell", "exec"), space)
@@ -593,11 +608,10 @@ def test_a_number_that_was_typed_in_is_found():
     assert not typed_in("Markdown(table(result))", "| a | 12.34 |")
 
 
-def test_the_chapter_on_answers_shows_the_runs_on_file():
-    cells = nbformat.read(ROOT / "nbs" / "evaluation" / "18_answers.ipynb", as_version=4).cells
+def test_the_last_chapter_shows_the_run_on_file():
+    "Chapter 21 shows the recorded run of seed 3; what it prints is what the file of that seed says."
+    cells = nbformat.read(ROOT / "nbs" / "21_train_vlmamba.ipynb", as_version=4).cells
     printed = "".join("".join(o.get("text", "")) for c in cells for o in c.get("outputs", []) if o.output_type == "stream")
-    for path in sorted((ROOT / "data" / "results").glob("train_lite_seed?.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        assert f"seed {result['seed']}: {100 * result['test_accuracy']:.2f} %" in printed
-        for name, share in result["floors"].items():
-            assert f"{100 * share:6.2f} %  {name}" in printed
+    result = json.loads((ROOT / "data" / "results" / "train_lite_seed3.json").read_text(encoding="utf-8"))
+    for name, share in {**result["accuracy_by_type"], **{f"floor: {k}": v for k, v in result["floors"].items()}}.items():
+        assert f"{100 * share:6.2f} %  {name}" in printed

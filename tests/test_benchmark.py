@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from vlmamba_lite.evaluation import benchmarks, cost
-from vlmamba_lite.evaluation.benchmarks import (bench_block, bench_directions, bench_generation, bench_scaling, bench_training, block_parts,
-                                                card_limits, exponents, mamba_peer, most_held, random_model, runnable_blocks, scaling_models,
+from vlmamba_lite.evaluation.benchmarks import (CARDS, bench_block, bench_directions, bench_generation, bench_scaling, bench_training, block_parts,
+                                                exponents, mamba_peer, most_held, random_model, runnable_blocks, scaling_models,
                                                 scan_inputs_of, scan_peers, ssd_inputs_of, ssd_peer, step_operations, training_form, use_blocks)
 from vlmamba_lite.evaluation.cost import (compared, comparison_table, fit_power, peak_bytes, read_result, side_by_side, state_bytes,
                                           training_step)
@@ -166,9 +166,9 @@ def test_operations_of_a_step_by_hand():
     assert step_operations(model, 1, 0) == 2 * sizes["vision"] + 6 * sizes["connector"] + 6 * (sizes["language"] - head)
 
 
-def test_card_limits():
-    assert card_limits("NVIDIA A100 80GB PCIe") == (312e12, 1.935e12) and card_limits("NVIDIA H200")[1] == 4.8e12
-    assert card_limits("NVIDIA H100 PCIe") is None and card_limits("NVIDIA H200 NVL") is None and card_limits(None) is None
+def test_limits_of_cards():
+    assert CARDS["NVIDIA A100 80GB PCIe"] == (312e12, 1.935e12) and CARDS["NVIDIA H200"][1] == 4.8e12
+    assert "NVIDIA H100 PCIe" not in CARDS and "NVIDIA H200 NVL" not in CARDS and None not in CARDS
 
 
 def test_blocks_are_switched_in_every_layer():

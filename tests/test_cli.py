@@ -638,9 +638,9 @@ def test_bench_prefix_writes_a_result(tmp_path, small, make_model, monkeypatch):
 def test_bench_writes_what_it_measured(tmp_path, monkeypatch, name):
     import torch
 
-    from vlmamba_lite.evaluation import benchmarks as benchmark
+    from vlmamba_lite.evaluation import benchmarks
     row = dict(shape=(2, 3), peer="transformers", ratio=12.34)
-    monkeypatch.setattr(benchmark, f"bench_{name}", lambda **given: {"peers": [row], "given": given})
+    monkeypatch.setattr(benchmarks, f"bench_{name}", lambda **given: {"peers": [row], "given": given})
     threads = torch.get_num_threads()
     try:
         said = vlmamba("bench", name, "--output", "sub/cost.json", "--repeats", 3, "--seed", 2, "--threads", 1)
@@ -654,8 +654,8 @@ def test_bench_writes_what_it_measured(tmp_path, monkeypatch, name):
 
 
 def test_bench_without_the_peer(monkeypatch):
-    from vlmamba_lite.evaluation import benchmarks as benchmark
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    from vlmamba_lite.evaluation import benchmarks
+    monkeypatch.setattr(benchmarks.importlib.util, "find_spec", lambda name: None)
     said = vlmamba("bench", "ssd", "--output", "cost.json")
     assert said.code == 2 and "compares with transformers, which is not installed: pip install transformers" in said.err, said
     assert not Path("cost.json").exists()

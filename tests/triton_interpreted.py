@@ -370,7 +370,7 @@ def test_a_kept_order_is_a_constant_to_the_compiler(monkeypatch):
 
 def test_bench_picture_compares_two_ways(monkeypatch):
     "Without a clock: on one patch they do the same; on more where delta, B and C belong to the same places."
-    monkeypatch.setattr(kernels, "bench_scan", lambda scan, args: scan(*args))
+    monkeypatch.setattr(kernels, "time_scan", lambda scan, args: scan(*args))
     line = kernels.bench_picture((1, 2, 1, 1, 2), torch.float32, "cpu")
     assert line["one_launch"].shape == (1, 2, 1) and rms_error(line["copies"], line["one_launch"]) < 1e-6
     args, order = cast(draw(1, 8, 4, 2, b_form=4, c_form=4, optional=()), torch.float32), scan_order(2, 2, "csm")

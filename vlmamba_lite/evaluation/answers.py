@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from itertools import islice
 from textwrap import fill, shorten
 
-# %% ../../nbs/evaluation/18_answers.ipynb #c5f5fe48
 import numpy as np
 import torch
 
@@ -96,7 +95,7 @@ def answer(model, pairs, batch_size=64, max_new_tokens=16, template=None, exact=
 
 
 def after_picture(model, pictures, which, ids, mask):
-    """Where generation starts: each prompt after the state of its picture.
+    """The start of generation: each prompt after the state of its picture.
 
     which (rows,): the picture of each row; ids, mask (rows, T) -> ids, mask, state."""
     if any(isinstance(picture, list) for picture in pictures):             # states, which `read_image` has made
@@ -142,13 +141,12 @@ def pick_samples(predictions, data, count=8, seed=0):
     order = np.random.default_rng(seed).permutation(len(predictions))
     wrong = [r for r in order if predictions[r] != data.answers[r]]
     right = [r for r in order if predictions[r] == data.answers[r]]
-    rows, seen = [], set()
+    shown = {}                                                             # picture -> row
     for candidates, limit in ((wrong, count // 2), (right, count), (wrong, count)):
         for r in candidates:
-            if data.image_of[r] not in seen and len(rows) < limit:
-                rows.append(int(r))
-                seen.add(data.image_of[r])
-    return rows
+            if len(shown) < limit:
+                shown.setdefault(data.image_of[r], int(r))
+    return list(shown.values())
 
 # %% ../../nbs/evaluation/18_answers.ipynb #305ace8b
 #| code-fold: true

@@ -4,26 +4,28 @@
 
 # %% auto #0
 __all__ = ['timed_turn', 'side_by_side', 'peak_bytes', 'training_step', 'compared', 'read_result', 'comparison_table', 'shape_of',
-           'milliseconds', 'state_bytes', 'read_in_pieces', 'fit_power']
+           'state_bytes', 'read_in_pieces', 'fit_power']
 
 # %% ../../nbs/evaluation/19_cost.ipynb #2bd1c426
-import json
 import math
 import time
 from pathlib import Path
 from statistics import median
 
-# %% ../../nbs/evaluation/19_cost.ipynb #190c5581
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ..files import read_json
+
 # %% ../../nbs/evaluation/19_cost.ipynb #ac32648f
 def timed_turn(run, times):
-    "Mean wall and CPU seconds of `times` runs in a row."
+    "Mean wall and CPU seconds of `times` runs in a row. On a GPU each is waited for: PyTorch only queues the work."
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(times):
         run()
+        wait()
     return (time.perf_counter() - wall) / times, (time.process_time() - cpu) / times
 
 
@@ -72,11 +74,10 @@ def compared(steps, repeats=5, memory=False):
 #| code-fold: true
 def read_result(path, folder="data/results"):
     "A result file as a dict; `path` is its name below `folder`, looked for here and in the folders above."
-    here = Path.cwd()
-    found = next((f for f in (root / folder / path for root in (here, *here.parents)) if f.is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"{folder}/{path}: not found here or in a folder above; `vlmamba bench` writes it")
-    return json.loads(found.read_text(encoding="utf-8"))
+    for root in (Path.cwd(), *Path.cwd().parents):
+        if (root / folder / path).is_file():
+            return read_json(root / folder / path)
+    raise FileNotFoundError(f"{folder}/{path}: not found here or in a folder above; `vlmamba bench` writes it")
 
 
 def comparison_table(rows, columns):
@@ -88,11 +89,6 @@ def comparison_table(rows, columns):
 def shape_of(row):
     "A row's shape, ready for a table."
     return "(" + ", ".join(map(str, row["shape"])) + ")"
-
-
-def milliseconds(name):
-    "A column of wall times: a function of a row."
-    return lambda row: f"{1e3 * row[name]['wall_seconds']:.1f}"
 
 # %% ../../nbs/evaluation/19_cost.ipynb #3737c047
 def state_bytes(state):
