@@ -613,5 +613,5 @@ def test_the_last_chapter_shows_the_run_on_file():
     cells = nbformat.read(ROOT / "nbs" / "21_train_vlmamba.ipynb", as_version=4).cells
     printed = "".join("".join(o.get("text", "")) for c in cells for o in c.get("outputs", []) if o.output_type == "stream")
     result = json.loads((ROOT / "data" / "results" / "train_lite_seed3.json").read_text(encoding="utf-8"))
-    for name, share in {**result["accuracy_by_type"], **{f"floor: {k}": v for k, v in result["floors"].items()}}.items():
+    for name, share in {**result["accuracy_by_type"], **{f"baseline: {k}": v for k, v in result["floors"].items()}}.items():
         assert f"{100 * share:6.2f} %  {name}" in printed

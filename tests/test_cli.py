@@ -578,7 +578,7 @@ def test_help_and_version_do_not_wait_for_torch():
     modules = json.loads(said.out.splitlines()[-1])
     assert said.out.splitlines()[0] == vlmamba_lite.__version__ and not {"torch", "numpy"} & set(modules)
     for arguments, words in (([], ["train", "ask", "bench"]), (["ask"], ["--json", "--device", "QUESTION"]),
-                             (["train"], ["--preset", "--seed", "--steps", "--output", "--device", "--resume", "--set", "accelerate launch"]),
+                             (["train"], ["--preset", "--seed", "--steps", "--output", "--device", "--resume", "--set", "torchrun"]),
                              (["chat"], ["--state", "--temperature", "/help"]), (["demo"], ["--host", "--share"]), (["ablate"], ["--minutes"]),
                              (["bench", "prefix"], ["--repeats", "--output"])):
         said = vlmamba(*arguments, "--help")

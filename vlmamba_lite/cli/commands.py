@@ -221,7 +221,7 @@ vlmamba train --preset vl-mamba-2.8b --weights published --dry-run > run.yaml
 
 vlmamba train --config run.yaml
 
-accelerate launch -m vlmamba_lite.cli train --config run.yaml --parallel fsdp
+torchrun --nproc_per_node 8 -m vlmamba_lite.cli train --config run.yaml --parallel fsdp
 """
 
 
