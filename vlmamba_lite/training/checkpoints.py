@@ -45,7 +45,7 @@ def push_to_disk(path):
 
 
 def write_folder(path, write):
-    "Calls `write(part)` to fill a folder of another name, adds its manifest, and renames it to `path`, which must not exist."
+    "Calls `write(part)` to fill another folder, adds its manifest, renames it to `path`, which must not exist."
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)                    # of a run that was killed here
@@ -62,16 +62,16 @@ def write_folder(path, write):
 # %% ../../nbs/training/checkpoints.ipynb #97ef2c79
 @contextmanager
 def readable(path):
-    "A context in which whatever goes wrong while a checkpoint is read becomes one `ValueError` in one line that names the file."
+    "A context in which any error while a checkpoint is read becomes a `ValueError` in one line that names the file."
     try:
         yield
-    except Exception as error:                                 # json, safetensors and load_state_dict raise nearly anything
+    except Exception as error:                                 # json, safetensors, load_state_dict raise anything
         reason = type(error).__name__ if not isinstance(error, ValueError) else str(error).splitlines()[0]
         raise ValueError(f"resume: {path} is damaged, or no checkpoint of this model ({reason})") from error
 
 
 def verify_checkpoint(path):
-    "Compares a checkpoint with its manifest. Raises a `ValueError` that names the first file that is missing, too short or damaged."
+    "Compares a checkpoint with its manifest. `ValueError` for the first file that is missing, too short or damaged."
     path = Path(path)
     with readable(path / MANIFEST):
         manifest = json.loads((path / MANIFEST).read_text())
@@ -109,13 +109,13 @@ def latest_checkpoint(folder):
 
 
 def read_state(path):
-    "The `state.json` of a checkpoint: step, stage, seed, seconds, score. Raises a `ValueError` where it cannot be read."
+    "The `state.json` of a checkpoint: step, stage, seed, seconds, score. A `ValueError` where it cannot be read."
     with readable(path / "state.json"):
         return json.loads((path / "state.json").read_text())
 
 
 def best_checkpoint(folder):
-    "The checkpoint with the best score, the first of equal ones; a name that begins with 'loss' counts down. `FileNotFoundError` for none."
+    "The checkpoint with the first best score; a name with 'loss' in front counts down. `FileNotFoundError` for none."
     scored = []
     for path in checkpoints(folder):
         score = read_state(path)["score"]
@@ -139,15 +139,16 @@ def drop_checkpoints(folder, keep):
 
 # %% ../../nbs/training/checkpoints.ipynb #2930c9de
 def save_checkpoint(folder, model, optimizers, state, whole=None, raw=None):
-    """Writes what a run needs to go on into `folder`/checkpoints/step-..., unless it is there already; returns the path.
+    """Writes what a run needs to go on into `folder`/checkpoints/step-..., unless it is there; returns the path.
 
-    state: a dict for state.json, with the step; whole: the model in the place of a sharded one; raw: {name: tensor} of the weights that
-    train, where the model has their mean."""
+    state: a dict for state.json, with the step; whole: the model in the place of a sharded one;
+    raw: {name: tensor} of the weights that train, where the model has their mean."""
     path, writer = Path(folder) / CHECKPOINT / f"step-{state['step']:08d}", main_process()
     if path.exists():                                          # the same step of the same run is the same
         return path
     names = {p: name for name, p in model.named_parameters()}
-    moments = {f"{names[p]}/{key}": value for optimizer in optimizers for p, own in optimizer.state.items() for key, value in own.items()}
+    moments = {f"{names[p]}/{key}": value
+               for optimizer in optimizers for p, own in optimizer.state.items() for key, value in own.items()}
     files = {"optimizer": gather(moments, writer), "raw": gather(raw or {}, writer)}
 
     def fill(part):
@@ -172,7 +173,7 @@ def restore_weights(path, model):
 
 # %% ../../nbs/training/checkpoints.ipynb #d5407691
 def put_optimizer(model, optimizers, tensors):
-    "Gives optimizers a state from (\"parameter name/key\", shape, read), as `tensors_in` yields them. `ValueError` for a foreign parameter."
+    "Gives optimizers a state from (\"parameter/key\", shape, read) of `tensors_in`. `ValueError` for a foreign name."
     trained, states = {p for o in optimizers for group in o.param_groups for p in group["params"]}, {}
     params = dict(model.named_parameters())
     for name, _, read in tensors:                              # one at a time: only the share of this process stays
@@ -188,13 +189,13 @@ def put_optimizer(model, optimizers, tensors):
 
 @torch.no_grad()
 def restore_optimizers(path, model, optimizers, ema=None):
-    "Puts the state of a checkpoint into the optimizers of its stage, and its mean of the weights. Raises a `ValueError` where they do not fit."
+    "Puts a checkpoint's state into its stage's optimizers and mean of the weights. `ValueError` where it does not fit."
     with readable(path):
         put_optimizer(model, optimizers, tensors_in(*path.glob("optimizer.safetensors")))
         if ema is None:
             return
         every = dict(model.named_parameters(remove_duplicate=False))
-        names = {p: name for name, p in model.named_parameters()}          # of a tied weight, either name may have been saved
+        names = {p: name for name, p in model.named_parameters()}          # a tied weight is saved by either name
         for name, _, read in tensors_in(*path.glob("model*.safetensors")):
             if name in every and names[every[name]] in ema.mean:
                 mean = ema.mean[names[every[name]]]

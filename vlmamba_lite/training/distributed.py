@@ -22,7 +22,7 @@ def main_process():
 
 
 def process_device(device="auto"):
-    "The device of this process: 'cpu', or 'cuda', on which each process of a machine has its own. 'auto': a GPU where there is one."
+    "The device of this process: 'cpu', or 'cuda' with a GPU for each process. 'auto': a GPU where there is one."
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
@@ -35,14 +35,14 @@ def leave_processes():
 
 # %% ../../nbs/training/distributed.ipynb #08c5678c
 class Processes:
-    "The processes of a run: their `count`, the `rank` of this one, its `device`, and `parallel`: 'none' for a single one, else 'ddp' or 'fsdp'."
+    "A run's processes: `count`, the `rank` of this one, its `device`; `parallel`: 'none' for one alone, 'ddp', 'fsdp'."
 
     def __init__(self, device="cpu", parallel="auto"):
         if parallel not in ("auto", "ddp", "fsdp"):
             raise ValueError(f"parallel: got {parallel!r}, need 'auto', 'ddp' or 'fsdp'")
         self.device = process_device(torch.device(device).type)
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        asked = parallel == "fsdp" or os.environ.get("ACCELERATE_USE_FSDP") == "true"          # `accelerate launch --use_fsdp`
+        asked = parallel == "fsdp" or os.environ.get("ACCELERATE_USE_FSDP") == "true"   # `accelerate launch --use_fsdp`
         self.parallel = "none" if self.count == 1 else "fsdp" if asked else "ddp"
         if self.count > 1 and not dist.is_initialized():
             if self.device.type == "cuda":
@@ -63,25 +63,26 @@ class Processes:
             dist.barrier()
 
     def wrap(self, learner):
-        "A module whose gradients are averaged over the processes. DDP is made anew for each stage: it must know which gradients will come."
+        "A module whose gradients are averaged over the processes; DDP anew for each stage: it must know what trains."
         if self.parallel == "ddp":
-            gc.collect()                                                     # the wrapper of the stage before, and its hooks
-            return nn.parallel.DistributedDataParallel(learner, [self.device] if self.device.type == "cuda" else None)
-        if self.parallel == "fsdp" and not hasattr(learner, "unshard"):      # its units follow `requires_grad` by themselves
+            gc.collect()                                                     # the last stage's wrapper, and its hooks
+            devices = [self.device] if self.device.type == "cuda" else None
+            return nn.parallel.DistributedDataParallel(learner, devices)
+        if self.parallel == "fsdp" and not hasattr(learner, "unshard"):      # its units follow `requires_grad`
             shard(learner, self.device, self.count)
         return learner
 
     def hold(self, learner, yes):
-        "A context in which, if `yes`, DDP does not send gradients yet. FSDP always does: whole gradients would not fit."
+        "A context in which, if `yes`, DDP sends no gradients yet. FSDP always does: whole gradients would not fit."
         return learner.no_sync() if yes and self.parallel == "ddp" else nullcontext()
 
 
 def shard(learner, device, count):
-    "Shares the parameters of a `Learner` out over the processes (FSDP2, `fully_shard`): a unit for each layer of a stack, one for the rest."
+    "Shares a `Learner`'s parameters over processes (FSDP2, `fully_shard`): a unit for each layer, one for the rest."
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     for t in learner.state_dict().values():
-        dist.broadcast(t, 0)                                                 # all begin with the weights of process 0, as in DDP
+        dist.broadcast(t, 0)                                                 # all begin with process 0's, as in DDP
     mesh = init_device_mesh(device.type, (count,))
     parts = [*learner.model.vision.modules(), *learner.model.language.modules()]
     stacks = [m for m in parts if isinstance(m, nn.ModuleList)]
@@ -101,16 +102,17 @@ def gather(tensors, keep=True):
 
 
 def share_of(t, like):
-    "This process's share of a whole tensor, spread as `like` is; the tensor itself where that is not spread, or has another shape."
+    "This process's share of a whole tensor, spread as `like`; itself where that is not spread, or has another shape."
     if not hasattr(like, "to_local") or t.shape != like.shape:
         return t
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(t.to(like.device), like.device_mesh, like.placements, src_data_rank=None)     # no traffic: each has read it all
+    whole = t.to(like.device)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)     # no traffic: all read it
 
 
 @torch.no_grad()
 def whole_model(model, keep=True):
-    "A model with sharded parameters as a second one with whole ones, on its device; None where keep=False. All processes must call it."
+    "A whole copy, on its device, of a model with sharded weights; None where keep=False. All processes must call it."
     weights = gather(dict(model.named_parameters()), keep)
     if not keep:
         return None
@@ -118,6 +120,7 @@ def whole_model(model, keep=True):
         twin = type(model)(model.config, model.tokenizer)
     new = {p: nn.Parameter(weights[name].to(model.device), requires_grad=False) for name, p in twin.named_parameters()}
     for other, module in zip(model.modules(), twin.modules(), strict=True):
-        module._parameters.update({key: new[p] for key, p in module._parameters.items() if p is not None})     # tied ones stay tied
+        own = {key: new[p] for key, p in module._parameters.items() if p is not None}     # tied ones stay tied
+        module._parameters.update(own)
         module._buffers.update(other._buffers)
     return twin.eval()

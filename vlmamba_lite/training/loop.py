@@ -27,20 +27,20 @@ from .run import Run
 
 # %% ../../nbs/training/17_loop.ipynb #b07bcf60
 def train_step(learner, optimizers, batches, lr, clip, processes):
-    """One update from the micro-batches of a step, on all processes; returns the loss, the mean over all learned tokens of the step.
+    """One update from the micro-batches of a step, on all processes; returns the mean loss over all its learned tokens.
 
-    learner(batch) is a mean loss. A loss or gradient that is not finite is a `FloatingPointError`, before a weight has changed.
+    learner(batch) is a mean loss. `FloatingPointError`, before a weight has changed, if loss or gradient is not finite.
     """
     counts = torch.tensor([float(learned_tokens(batch)) for batch in batches], device=processes.device)
-    shares = counts * processes.count / processes.sum(counts.sum())    # by tokens of all processes, or a short answer would count more
+    shares = counts * processes.count / processes.sum(counts.sum())    # by tokens, or a short answer would count more
     learner.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=processes.device)
     for i, (batch, share) in enumerate(zip(batches, shares)):
         with processes.hold(learner, i < len(batches) - 1):            # gradients travel between processes once a step
             part = learner(batch.to(processes.device)) * share
-            part.backward()                                            # one micro-batch at a time: its activations are freed here
-        loss += part.detach() / processes.count                        # processes average their gradients, hence the factor in `shares`
-    norm = nn.utils.clip_grad_norm_(learner.parameters(), clip)        # one strange batch must not throw the weights far
+            part.backward()                                            # one micro-batch at a time frees its activations
+        loss += part.detach() / processes.count                        # averaged gradients: hence a factor in `shares`
+    norm = nn.utils.clip_grad_norm_(learner.parameters(), clip)        # a strange batch must not throw the weights far
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     loss, norm = torch.stack([processes.sum(loss), norm]).tolist()     # the one place where the loop waits for a GPU
     for name, value in (("loss", loss), ("gradient: norm", norm)):     # a finite loss can have a gradient that is not
@@ -58,11 +58,11 @@ def train_stage(run, stage, done=0):
     checks = stage.checks()
     data = micro_batches(run.sources[stage.name], stage, run.processes.count, run.processes.rank, done, run.workers)
     while done < stage.steps and not run.stopping():
-        with run.watch:                                                # CPU and wall seconds of training, without validation
+        with run.watch:                                                # CPU and wall seconds, without validation
             batches = next(data)                                       # the micro-batches of this process
-            lr = learning_rate(done / stage.steps, stage)              # by the share done: one schedule for runs of any length
+            lr = learning_rate(done / stage.steps, stage)              # by the share done: one schedule for any length
             set_modes(run.model, stage.trains)                         # a frozen BatchNorm must not go on averaging
-            torch.manual_seed(run.random_seed(done))                   # a dropout draws the same after a stop as without one
+            torch.manual_seed(run.random_seed(done))                   # the same dropout after a stop as without one
             try:
                 loss = train_step(run.learner, run.optimizers, batches, lr, stage.clip, run.processes)
             except FloatingPointError as error:                        # what comes after it would be noise
@@ -84,14 +84,15 @@ def accumulation(stage, processes=1):
     "Micro-batches that each of some processes reads in a step. Raises a `ValueError` where the batch does not divide."
     micro = stage.micro_batch or max(stage.batch_size // processes, 1)
     if stage.batch_size % (micro * processes):
-        raise ValueError(f"batch_size: got {stage.batch_size}, need a multiple of micro_batch {micro} x {processes} processes")
+        need = f"a multiple of micro_batch {micro} x {processes} processes"
+        raise ValueError(f"batch_size: got {stage.batch_size}, need {need}")
     return stage.batch_size // (micro * processes)
 
 
 def micro_batches(source, stage, processes=1, process=0, start=0, workers=0):
-    "Yields, for each step of a stage from `start` on, the list of micro-batches of one process. source: `Batches` or `VQABatches`."
+    "Yields, for each step from `start` on, the micro-batches of one process. source: `Batches` or `VQABatches`."
     each = accumulation(stage, processes)
-    parts = each * processes                                           # source[step * parts + part] is a part of the step's batch
+    parts = each * processes                                           # source[step * parts + part]: a part of a batch
     source = replace(source, batch_size=stage.batch_size, parts=parts)
     mine = range(start * parts + process, stage.steps * parts, processes)
     loader = iter(DataLoader(source, batch_size=None, sampler=mine, num_workers=workers))
@@ -114,23 +115,26 @@ class Learner(nn.Module):
         self.hook = model.connector.register_forward_hook(self.count)
 
     def count(self, connector, args, tokens):
+        "Adds the visual tokens that the connector has just returned to `visual_tokens`; called by its forward hook."
         self.visual_tokens += tokens.shape[0] * tokens.shape[1]
 
     def forward(self, batch):
-        if not batch.images.numel():       # all processes must run the same modules: a black picture that belongs to no text, its gradient is 0
+        "The mean loss over the learned tokens of a `Batch`, a tensor without dimensions."
+        if not batch.images.numel():       # all processes run the same modules: a black picture of no text, gradient 0
             nowhere = dict(prefixes=torch.tensor([[0], [-1]]), prefix_of=torch.ones_like(batch.prefix_of))
             batch = replace(batch, images=self.blank, **nowhere).to(self.model.device)
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.model(batch).loss
 
 # %% ../../nbs/training/17_loop.ipynb #b0b5acf7
-def train(model, stages, sources, folder=None, seed=0, evaluate=None, resume=False, on_step=None, on_check=None, log_every=10,
-          parallel="auto", trackers=(), workers=0, best=None):
-    """Trains a `VLMamba`, stage by stage (VL-Mamba, section 4.1), to the end or until Ctrl-C; returns (steps done, {cpu, wall} seconds).
+def train(model, stages, sources, folder=None, seed=0, evaluate=None, resume=False, on_step=None, on_check=None,
+          log_every=10, parallel="auto", trackers=(), workers=0, best=None):
+    """Trains a `VLMamba` by stages (VL-Mamba, section 4.1), to the end or Ctrl-C; returns (steps, {cpu, wall} seconds).
 
-    sources: {stage name: source}, source[step] -> Batch. folder: for checkpoints, log and model; None writes nothing. evaluate(model) -> {name:
-    score}, on_step(`StepReport`), on_check(step, scores) are called in process 0. parallel: "auto" (several processes: "ddp"), "ddp" or "fsdp".
-    best: the score that decides, by default the first; "loss..." counts down. Raises a `ValueError` for an argument that does not fit, a
+    sources: {stage name: source}, source[step] -> Batch. folder: for checkpoints, log and model; None writes nothing.
+    evaluate(model) -> {name: score}, on_step(`StepReport`) and on_check(step, scores) are called in process 0.
+    parallel: "auto" (several processes: "ddp"), "ddp" or "fsdp". best: the score that decides, by default the first;
+    "loss..." counts down. Raises a `ValueError` for an argument that does not fit, a
     `FloatingPointError` with the batch saved, a `RuntimeError` where a frozen tensor moved."""
     folder = None if folder is None else Path(folder)
     processes = Processes(model.device, parallel)
@@ -139,7 +143,8 @@ def train(model, stages, sources, folder=None, seed=0, evaluate=None, resume=Fal
     trackers = Trackers(trackers if main_process() else (), folder or ".", config)
     stages = tuple(replace(stage, steps=count_steps(stage, sources[stage.name]), epochs=None) for stage in stages)
     learner = Learner(model.to(processes.device))
-    run = Run(learner, stages, sources, folder, seed, processes, trackers, evaluate, on_step, on_check, log_every, workers, best)
+    run = Run(learner, stages, sources, folder, seed, processes, trackers, evaluate, on_step, on_check, log_every,
+              workers, best)
     with StopRequest() as run.stop:
         try:
             checkpoint = run.resume() if resume else None
@@ -162,7 +167,7 @@ def train(model, stages, sources, folder=None, seed=0, evaluate=None, resume=Fal
 
 # %% ../../nbs/training/17_loop.ipynb #bb385909
 def check_run(stages, sources, folder, resume, parallel="none"):
-    "Raises a `ValueError` for stages and sources that do not fit each other or the way of sharing, and for a folder that holds another run."
+    "`ValueError` for stages and sources that do not fit each other or `parallel`, and for a folder with another run."
     names = [stage.name for stage in stages]
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"stages: got the names {names}, need at least one stage and different names")
@@ -177,12 +182,13 @@ def check_run(stages, sources, folder, resume, parallel="none"):
         if stage.optimizer == "muon":                                  # it needs whole matrices
             raise ValueError(f"stage {stage.name!r}, optimizer: got 'muon', need 'adamw' with parallel='fsdp'")
         if getattr(collate, "func", collate) is collate_packed:        # all processes must run each layer equally often
-            raise ValueError(f"stage {stage.name!r}, collate: got packed lines, need collate or collate_by_image with parallel='fsdp'")
+            raise ValueError(f"stage {stage.name!r}, collate: got packed lines, "
+                             "need collate or collate_by_image with parallel='fsdp'")
 
 # %% ../../nbs/training/17_loop.ipynb #b9687764
 @torch.no_grad()
 def validation_loss(model, batches, count):
-    "{\"loss\": mean over the learned tokens of the first `count` batches of a source}, of a whole model in evaluation mode."
+    "{\"loss\": mean over the learned tokens of the first `count` batches}, of a whole model in evaluation mode."
     losses, weights, was_training = [], [], model.training
     try:
         for batch in DataLoader(batches, batch_size=None, sampler=range(count)):

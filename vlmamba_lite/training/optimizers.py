@@ -24,7 +24,7 @@ def newton_schulz(X, steps=5):
 
 # %% ../../nbs/training/optimizers.ipynb #7a43d4bf
 class Muon(torch.optim.Optimizer):
-    "Nesterov momentum, orthogonalised by `newton_schulz`, decoupled weight decay: for matrices and convolution kernels."
+    "Nesterov momentum, orthogonalised by `newton_schulz`, decoupled weight decay: for matrices and convolutions."
 
     def __init__(self, params, lr, weight_decay=0.05, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -51,16 +51,19 @@ class Muon(torch.optim.Optimizer):
 def parameter_kinds(model):
     """{name of a parameter: "matrices", "decayed" or "plain"}, whether it trains or not.
 
-    matrices: weights of Linear and Conv2d, not the head; plain: one-dimensional ones and those marked `_no_weight_decay` (Mamba's official code).
+    matrices: weights of Linear and Conv2d, not the head; plain: one-dimensional ones and those marked
+    `_no_weight_decay` (Mamba's official code).
     """
-    matrices = {m.weight for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and "lm_head" not in name}
+    matrices = {m.weight for name, m in model.named_modules()
+                if isinstance(m, (nn.Linear, nn.Conv2d)) and "lm_head" not in name}
     matrices -= {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}                # a tied head
     plain = {p for p in model.parameters() if p.ndim < 2 or getattr(p, "_no_weight_decay", False)}
-    return {name: "plain" if p in plain else "matrices" if p in matrices else "decayed" for name, p in model.named_parameters()}
+    return {name: "plain" if p in plain else "matrices" if p in matrices else "decayed"
+            for name, p in model.named_parameters()}
 
 
 def parameter_groups(model, kinds=None):
-    "Trainable parameters by kind: {\"matrices\", \"decayed\", \"plain\"} -> {name: parameter}. kinds: `parameter_kinds`, taken before sharding."
+    "Trainable parameters: {\"matrices\", \"decayed\", \"plain\"} -> {name: p}. kinds: `parameter_kinds`, unsharded."
     kinds = kinds or parameter_kinds(model)
     groups = {"matrices": {}, "decayed": {}, "plain": {}}
     for name, p in model.named_parameters():
@@ -70,7 +73,7 @@ def parameter_groups(model, kinds=None):
 
 
 def build_optimizers(model, stage, kinds=None):
-    """The optimizers of a `Stage`: [Muon for the matrices, AdamW for the rest], or one AdamW for all; one without parameters is left out.
+    """The optimizers of a `Stage`: [Muon for the matrices, AdamW for the rest], or one AdamW; none without parameters.
 
     kinds: as of `parameter_groups`."""
     groups = {name: list(params.values()) for name, params in parameter_groups(model, kinds).items()}
@@ -85,7 +88,7 @@ def build_optimizers(model, stage, kinds=None):
 
 # %% ../../nbs/training/optimizers.ipynb #225b7b36
 class EMA:
-    "The running mean of the parameters of a model that train: `mean <- decay * mean + (1 - decay) * weight`, after every step."
+    "The running mean of the weights that train: `mean <- decay * mean + (1 - decay) * weight`, after every step."
 
     def __init__(self, model, decay):
         self.decay = decay

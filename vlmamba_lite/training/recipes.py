@@ -26,7 +26,7 @@ PRECISIONS = ("fp32", "bf16")
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    "One stage of a recipe; the defaults are those of LLaVA-1.5's second stage (arXiv 2310.03744). A `ValueError` names the field that does not fit."
+    "One stage of a recipe; the defaults are LLaVA-1.5's second stage (arXiv 2310.03744). `ValueError` for a bad field."
     name: str = "train"
     trains: tuple = PARTS             # the parts that move; the others are frozen
     steps: int | None = None          # steps or epochs, one of the two
@@ -46,7 +46,7 @@ class Stage:
 
     precision: str = "fp32"           # or "bf16": autocast, the parameters stay float32
     recompute: bool = False           # activation checkpointing of the language model's layers: less memory, more time
-    ema: float | None = None          # decay of a running mean of the weights, which is then what is evaluated and saved
+    ema: float | None = None          # decay of a running mean of the weights, which is what is evaluated and saved
     evaluations: int = 1              # validations, and checkpoints, in a stage; the last at its end
     keep: int = 2                     # checkpoints that are kept, beside the best one
     source: str = ""                  # where the numbers come from
@@ -67,7 +67,8 @@ class Stage:
             "weight_decay": (0 <= self.weight_decay < math.inf, "a number from 0 on"),
             "ema": (self.ema is None or 0 < self.ema < 1, "a number between 0 and 1, or None")}
         rules |= {name: (count(getattr(self, name)), "at least 1") for name in ("batch_size", "evaluations", "keep")}
-        rules |= {name: (getattr(self, name) is None or count(getattr(self, name)), "at least 1, or None") for name in ("micro_batch", "max_length")}
+        rules |= {name: (getattr(self, name) is None or count(getattr(self, name)), "at least 1, or None")
+                  for name in ("micro_batch", "max_length")}
         rules |= {name: (0 < getattr(self, name) < math.inf, "a number above 0") for name in ("lr", "clip")}
         rules |= {name: (0 <= getattr(self, name) <= 1, "a share from 0 to 1") for name in ("warmup", "final_lr")}
         for name, (fits, need) in rules.items():
@@ -79,21 +80,25 @@ class Stage:
         return {max(round(self.steps * (i + 1) / self.evaluations), 1) for i in range(self.evaluations)}
 
 # %% ../../nbs/training/16_recipes.ipynb #1bb19335
-_LLAVA = dict(precision="bf16", recompute=True, max_length=2048, evaluations=10)       # recompute and evaluations are our choice
-_ALIGN = Stage(name="align", trains=("connector",), epochs=1, lr=1e-3, batch_size=256, micro_batch=32, template="plain", **_LLAVA,
+_LLAVA = dict(precision="bf16", recompute=True, max_length=2048, evaluations=10)   # recompute, evaluations: our choice
+_ALIGN = Stage(name="align", trains=("connector",), epochs=1, lr=1e-3, batch_size=256, micro_batch=32,
+               template="plain", **_LLAVA,
                source="LLaVA-1.5's script; for VL-Mamba an assumption")
-_INSTRUCT = Stage(name="instruct", trains=("connector", "language"), epochs=1, lr=2e-5, batch_size=128, micro_batch=16, template="zephyr",
+_INSTRUCT = Stage(name="instruct", trains=("connector", "language"), epochs=1, lr=2e-5, batch_size=128, micro_batch=16,
+                  template="zephyr",
                   **_LLAVA, source="LLaVA-1.5's script; for VL-Mamba an assumption")
-_PRISMATIC = dict(weight_decay=0.1, clip=1.0)                                         # the code of Cobra, and of ML-Mamba after it
+_PRISMATIC = dict(weight_decay=0.1, clip=1.0)                      # the code of Cobra, and of ML-Mamba after it
 
 RECIPES = {
     "llava-1.5": (_ALIGN, _INSTRUCT),
     "vl-mamba": (_ALIGN, _INSTRUCT),
     "ml-mamba": (replace(_ALIGN, source="paper: 558K captions, 1 epoch; code: lr, batch; the rest as LLaVA-1.5"),
                  replace(_INSTRUCT, epochs=2, batch_size=64, micro_batch=8, **_PRISMATIC,
-                         source="paper: 2 epochs, batch 64, AdamW, lr, cosine, warm-up, decay 0.1; code: clipping, length, bf16")),
+                         source="paper: 2 epochs, batch 64, AdamW, lr, cosine, warm-up, decay 0.1; "
+                                "code: clipping, length, bf16")),
     "ml-mamba-code": (replace(_INSTRUCT, **_PRISMATIC, source="code: 1 epoch, batch 128, no stage before it"),),
-    "cobra": (replace(_INSTRUCT, epochs=2, **_PRISMATIC, source="paper: 2 epochs, batch 128, lr, decay 0.1, no stage before it"),)}
+    "cobra": (replace(_INSTRUCT, epochs=2, **_PRISMATIC,
+                      source="paper: 2 epochs, batch 128, lr, decay 0.1, no stage before it"),)}
 
 # %% ../../nbs/training/16_recipes.ipynb #d07c4f22
 _LITE = Stage(
@@ -118,9 +123,10 @@ def pick_recipe(name):
 
 
 def change_stages(stages, **changes):
-    "Stages with fields replaced in each; steps take the place of epochs, and the other way round. `ValueError` for an unknown field."
+    "Stages with fields replaced in each; steps and epochs take each other's place. `ValueError` for an unknown field."
     if unknown := sorted(set(changes) - set(Stage.__dataclass_fields__)):
-        raise ValueError(f"stages: got the fields {', '.join(unknown)}, need some of {', '.join(Stage.__dataclass_fields__)}")
+        need = ', '.join(Stage.__dataclass_fields__)
+        raise ValueError(f"stages: got the fields {', '.join(unknown)}, need some of {need}")
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if changes.get(one) is not None:
             changes = {other: None, **changes}
@@ -136,7 +142,7 @@ def learning_rate(progress, stage):
 
 # %% ../../nbs/training/16_recipes.ipynb #e84cfdf8
 def freeze(model, trains):
-    "Lets the parts `trains` of a model learn and no other; returns the names of the parameters that do. `ValueError` for a part that cannot."
+    "Lets only the parts `trains` learn; returns the names of their parameters. `ValueError` for a part that cannot."
     parts = dict(model.named_children())
     if unknown := [name for name in trains if name not in parts]:
         raise ValueError(f"trains: got {unknown[0]!r}, need some of {', '.join(parts)}")
@@ -155,7 +161,7 @@ def set_modes(model, trains):
 
 # %% ../../nbs/training/16_recipes.ipynb #2a7623d4
 def digests(model, add=None):
-    "{name: a whole number} of all parameters and buffers of a model; `add` sums a tensor over the processes that hold a share each."
+    "{name: a whole number} of all parameters and buffers; `add` sums a tensor over processes that hold a share each."
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     sums = []
     for t in tensors.values():
@@ -197,21 +203,22 @@ def picture_reader(model):
     return partial(tower_pixels, preprocess)
 
 
-def stage_batches(model, sets, stage, seed=0, weights=None, template=None, collate=collate_by_image, on_error="raise", questions=None,
-                  augmented=False):
-    """The source of a stage from sets of conversations (`ConversationSet`s), mixed by `weights`, by default by their sizes.
+def stage_batches(model, sets, stage, seed=0, weights=None, template=None, collate=collate_by_image, on_error="raise",
+                  questions=None, augmented=False):
+    """The source of a stage from `ConversationSet`s, mixed by `weights`, by default by their sizes.
 
-    template: by default the stage's, else "lite" for a tokenizer with `<eos>`, else "zephyr". questions, augmented, on_error, collate: as
-    of `Preparer` and `Batches`, which raise a `ValueError` for what they cannot take.
+    template: by default the stage's, else "lite" for a tokenizer with `<eos>`, else "zephyr".
+    questions, augmented, on_error, collate: as of `Preparer` and `Batches`, with their `ValueError`s.
     """
     tokenizer = model.tokenizer
     usual = "lite" if hasattr(tokenizer, "token_to_id") and tokenizer.token_to_id(EOS) is not None else "zephyr"
-    prepare = Preparer(tokenizer, template or stage.template or usual, stage.max_length, picture_reader(model), questions, augmented, seed)
+    prepare = Preparer(tokenizer, template or stage.template or usual, stage.max_length, picture_reader(model),
+                       questions, augmented, seed)
     return Batches(Mixture(sets, weights, seed), prepare, stage.batch_size, collate, on_error=on_error)
 
 
 def count_steps(stage, source):
-    "The steps of a stage: its own, or those that its epochs need over a source, the last batch of an epoch filled up from the next."
+    "The steps of a stage: its own, or those of its epochs over a source, the last batch filled up from the next epoch."
     if stage.steps is not None:
         return stage.steps
     return math.ceil(stage.epochs * source.samples / stage.batch_size)

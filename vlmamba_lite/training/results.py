@@ -39,7 +39,7 @@ class StopRequest:
 
     def _ask(self, *_):
         self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)          # also where a shell began us with SIGINT ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)          # also where a shell had it ignored
 
     def __exit__(self, *_):
         for number, handler in self.before:
@@ -69,7 +69,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 class Trackers:
-    "Sends numbers to the packages named: tensorboard writes into `folder`/logs, wandb and trackio keep their own project. One-line errors."
+    "Sends numbers to trackers: tensorboard writes into `folder`/logs, wandb and trackio keep their own project."
 
     def __init__(self, names=(), folder=".", config=None):
         for name in names:
@@ -158,13 +158,14 @@ RUN_CONFIG = "run_config.json"
 def differences(now, before, name=""):
     "[(name, now, before)] of all settings that differ; an inner one is named with dots, training.steps."
     if isinstance(now, dict) and isinstance(before, dict):
-        return [d for k in {**before, **now} for d in differences(now.get(k), before.get(k), f"{name}.{k}" if name else k)]
+        return [d for k in {**before, **now}
+                for d in differences(now.get(k), before.get(k), f"{name}.{k}" if name else k)]
     return [] if now == before else [(name, now, before)]
 
 
 def write_run_config(folder, resume=False, **settings):
-    "Writes the resolved configuration of a run; with `resume`, checks that it is the one it began with. `ValueError` naming a difference."
-    path, settings = Path(folder) / RUN_CONFIG, json.loads(json.dumps(settings))        # tuples become lists, as on disk
+    "Writes a run's resolved configuration; `resume` checks that it is the same. `ValueError` naming a difference."
+    path, settings = Path(folder) / RUN_CONFIG, json.loads(json.dumps(settings))        # lists for tuples, as on disk
     if resume:
         for name, got, need in differences(settings, json.loads(path.read_text(encoding="utf-8"))):
             raise ValueError(f"{name}: got {got}, need {need}, with which this run began")
@@ -172,7 +173,7 @@ def write_run_config(folder, resume=False, **settings):
 
 # %% ../../nbs/training/results.ipynb #924913d0
 def plot_curves(metrics, path=None):
-    "Loss, and validation scores in per cent, against the step, from `read_metrics`; saved to `path` if given. Returns the figure."
+    "Loss, and validation scores in %, by step, from `read_metrics`; saved to `path` if given; returns the figure."
     from matplotlib.figure import Figure                                 # only who draws pays for the import
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -202,10 +203,11 @@ def _git(*arguments):
 
 def provenance():
     "Commit (`-dirty`: with uncommitted changes), command, hardware, versions and date, for a result file."
-    ours = _git("ls-files", Path(__file__).name)               # an installed copy may lie inside someone else's repository
+    ours = _git("ls-files", Path(__file__).name)               # an installed copy may lie in someone else's repository
     commit = ours and _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or f"release {__version__}"
     info = Path("/proc/cpuinfo")
-    models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     cpu = models[0] if models else platform.processor() or platform.machine()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(commit=commit, command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -220,7 +222,7 @@ def write_result(path, **result):
 
 # %% ../../nbs/training/results.ipynb #72dc2658
 def prefix_reuse_cost(model, data, questions=8, repeats=7, seed=0):
-    "CPU seconds of a training step with each picture of a `VQASet` read once and with it repeated for every question: medians, and their ratio."
+    "CPU seconds of a training step, a `VQASet`'s pictures read once or anew for every question: medians and ratio."
     batches = VQABatches(data, seed=seed, questions=questions)
     once = batches[batches.steps - 1]
     rows = torch.arange(len(once.input_ids))

@@ -85,12 +85,15 @@ class Run:
             self.ema = None
 
     def random_seed(self, done):
+        "The seed of the random numbers of a step of this stage in this process."
         return hash((self.seed, self.began + done, self.processes.rank)) % 2 ** 63
 
     def stopping(self):
         "Whether any process was asked to stop: all of them must agree on the step."
         asked = self.stop is not None and self.stop.asked
-        return asked if self.processes.count == 1 else self.processes.sum(torch.tensor(float(asked), device=self.processes.device)).item() > 0
+        if self.processes.count == 1:
+            return asked
+        return self.processes.sum(torch.tensor(float(asked), device=self.processes.device)).item() > 0
 
     def keep(self, batches, done, error):
         "Saves the micro-batches of a step that failed; returns the error with the step and the file."
@@ -118,17 +121,18 @@ class Run:
             self.on_step(report)
 
     def write(self, stage, **line):
+        "Appends a line with the step and the stage to the log, where there is one."
         if self.log is not None:
             self.log.write(step=self.step, stage=stage.name, **line)
 
     @contextmanager
     def usable_model(self):
-        "A context with the model as it is evaluated and saved: whole, with the mean of the weights where there is one. All processes enter it."
+        "A context with the model as evaluated and saved: whole, with its mean weights if any. All processes enter it."
         with self.ema.swapped(self.model) if self.ema is not None else nullcontext():
             yield whole_model(self.model, main_process()) if self.processes.parallel == "fsdp" else self.model
 
     def validate(self, stage, model):
-        "Evaluates, tells the log, the trackers and `on_check`; returns the score that decides which checkpoint is best."
+        "Evaluates, tells log, trackers and `on_check`; returns the score that decides which checkpoint is best."
         scores = self.evaluate(model)
         self.write(stage, validation=scores)
         self.trackers.log({f"validation/{name}": value for name, value in scores.items()}, self.step)
@@ -141,10 +145,11 @@ class Run:
 
     def save(self, stage, done, validate=True):
         "Validates, in process 0, and writes a checkpoint of this step; old ones go."
-        with self.usable_model() as model:                     # the weights that train are now in the place of their mean
+        with self.usable_model() as model:                     # the weights that train are now in their mean's place
             score = self.validate(stage, model) if validate and self.evaluate is not None and main_process() else None
             if self.folder is not None:
-                state = dict(step=self.began + done, seed=self.seed, seconds=dict(self.watch.spent), stage=stage.name, stage_step=done,
+                state = dict(step=self.began + done, seed=self.seed, seconds=dict(self.watch.spent),
+                             stage=stage.name, stage_step=done,
                              stages={s.name: s.steps for s in self.stages}, digests=self.before, score=score)
                 raw = self.ema.mean if self.ema is not None else None
                 save_checkpoint(self.folder, self.model, self.optimizers, state, model, raw)
