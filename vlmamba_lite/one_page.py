@@ -269,7 +269,7 @@ def answer_sheet(model, images, ids, labels):
         x, y = n % 6 * 155, n // 6 * 175
         words = [model.vocabulary[k] for k in ids[i, j]]
         start = words.index("?") + 1                                        # where the answer starts
-        answer = model.vocabulary[likeliest[i, j, start - 1]] + ("" if right[i, j] else f" (right: {words[start]})")
+        answer = model.vocabulary[likeliest[i, j, start - 1]] + f" (right: {words[start]})" * (not right[i, j])
         text = f"{' '.join(words[:4])}\n{' '.join(words[4:start])}\n{answer}"
         sheet.paste(Image.fromarray(images[i].permute(1, 2, 0).numpy()).resize((112, 112)), (x + 21, y + 4))
         colour = "green" if right[i, j] else "firebrick"
