@@ -70,7 +70,7 @@ MUTATIONS = (                                                        # (old text
     ("at = next((k for k, left in enumerate(free) if left >= lengths[i]), len(lines))",
      "at = next((k for k, left in enumerate(free) if left > lengths[i]), len(lines))", "data_batches"),
     ("count = int(self.before[block][k] + (drawn[:at] == k).sum())", "count = int((drawn[:at] == k).sum())", "data_batches"),
-    ("rng = np.random.default_rng((self.seed, 1 + k, this_pass))", "rng = np.random.default_rng((self.seed, 1 + k))", "data_batches"),
+    ("permutation(len(self.sets[k]), self.seed, 1 + k, this_pass)", "permutation(len(self.sets[k]), self.seed, 1 + k)", "data_batches"),
     ("keys = np.where(table >= 0, log_weights[types[table]] + rng.gumbel(", "keys = np.where(table >= 0, log_weights[types[table]] - rng.gumbel(",
      "data data_batches"),
     # the loop
