@@ -13,6 +13,7 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.process import NBProcessor
 
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")     # a bar is drawn on the first reading of a file, and only then
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = get_config(path=ROOT)
 NOTEBOOKS = sorted(Path(p).absolute() for p in nbglob(ROOT / CONFIG.nbs_path, as_path=True))
