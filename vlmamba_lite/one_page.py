@@ -245,7 +245,7 @@ def train(model, images, ids, labels, validation, steps, lr=3e-3, batch_size=32,
     history = []
     for step in range(steps):
         weights = telling if step < steps / 2 else weight
-        batch = torch.multinomial(weights.sum(1), batch_size)               # pictures with telling questions come oftener
+        batch = torch.multinomial(weights.sum(1), batch_size)               # telling pictures come oftener
         rows = batch[:, None], torch.multinomial(weights[batch], questions) # of each picture three different questions
         _, loss = model.train()(images[batch] / 127.5 - 1, ids[rows], labels[rows])
         model.zero_grad()
