@@ -1,0 +1,83 @@
+"""Can one layer follow a running sum modulo m? Trains Mamba-2 and Mamba-3 with five seeds and writes data/results/state_tracking.json.
+
+    python tests/state_tracking.py [--tasks 2 5] [--seeds 0 1 2 3 4] [--steps 1600]
+
+Training sequences grow to 40 numbers in the first half; tested are the answers at every place from 1 to 40 and from 41 to 64.
+"""
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vlmamba_lite.layers.mamba2 import Mamba2
+from vlmamba_lite.layers.mamba3 import Mamba3
+from vlmamba_lite.training.results import write_result
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTH, TRAINED, TESTED = 32, 40, 64
+# a step of one half turns by up to a quarter of a circle: the first values of the language models, below 0.1, take longer to get there
+STEPS = dict(dt_min=0.01, dt_max=0.5)
+MIXERS = {"mamba2": lambda: Mamba2(WIDTH, 16, headdim=16, **STEPS), "mamba3": lambda: Mamba3(WIDTH, 16, headdim=16, **STEPS)}
+
+
+class Follower(nn.Module):
+    "One layer: numbers (b, L) below m -> logits (b, L, m)."
+    def __init__(self, mixer, m):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(m, WIDTH), nn.Linear(WIDTH, m)
+        self.norm, self.mixer, self.last = nn.RMSNorm(WIDTH), MIXERS[mixer](), nn.RMSNorm(WIDTH)
+
+    def forward(self, numbers):
+        x = self.embedding(numbers)
+        return self.head(self.last(x + self.mixer(self.norm(x))))
+
+
+def running_sums(m, rows, length, generator):
+    "Random numbers (rows, length) below m and their running sums modulo m."
+    numbers = torch.randint(m, (rows, length), generator=generator)
+    return numbers, numbers.cumsum(1) % m
+
+
+def follow(mixer, m, seed, steps):
+    "Trains one model; its accuracies and what it took."
+    torch.manual_seed(seed)
+    generator, model, began = torch.Generator().manual_seed(seed), Follower(mixer, m), time.process_time()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps, pct_start=0.1)
+    for step in range(steps):
+        numbers, sums = running_sums(m, 64, min(TRAINED, 2 + 2 * (TRAINED - 2) * step // steps), generator)
+        # smoothed labels ask every place for the same margin, so that the angle of a step becomes exact, and longer sums come out right
+        loss = F.cross_entropy(model(numbers).flatten(0, 1), sums.flatten(), label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        optimizer.step()
+        schedule.step()
+    seconds = time.process_time() - began
+    numbers, sums = running_sums(m, 2000, TESTED, torch.Generator().manual_seed(1000 + seed))
+    with torch.no_grad():
+        right = (model(numbers).argmax(-1) == sums).float().mean(0)
+    result = dict(task=f"sum modulo {m}", mixer=mixer, seed=seed, steps=steps, parameters=sum(p.numel() for p in model.parameters()), loss=loss.item(),
+                  trained_lengths=right[:TRAINED].mean().item(), longer=right[TRAINED:].mean().item(), at_64=right[-1].item(), cpu_seconds=seconds)
+    print(*(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()), sep=", ", flush=True)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tasks", type=int, nargs="+", default=[2, 5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--mixers", nargs="+", default=["mamba2", "mamba3"])
+    parser.add_argument("--output", type=Path, default=ROOT / "data" / "results" / "state_tracking.json")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = [follow(mixer, m, seed, given.steps) for m in given.tasks for mixer in given.mixers for seed in given.seeds]
+    write_result(given.output, seed=given.seeds, runs=runs)
+
+
+if __name__ == "__main__":
+    main()
