@@ -23,7 +23,7 @@ from ..ops.selective_scan import selective_scan, usable, without_cuda_package
 
 # %% ../../nbs/layers/05_mamba.ipynb #256f35dc
 class FusedConv(torch.autograd.Function):
-    "`causal_conv1d` by the C++ kernel: seen (b, K + L, D), taps (K, D), bias (D,) or None, with SiLU or not -> (b, L, D)."
+    "`causal_conv1d` in C++: seen (b, K + L, D), taps (K, D), bias (D,) or None, with SiLU or not -> (b, L, D)."
     @staticmethod
     def forward(ctx, seen, taps, bias, silu):
         (b, T, D), K = seen.shape, len(taps)

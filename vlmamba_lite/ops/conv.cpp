@@ -47,8 +47,9 @@ template <class F> void convolve(const Conv<F>& c, int64_t b, int64_t d, int64_t
 
 // Each output hands its gradient back along its taps, and each tap collects the products with what it saw.
 template <class F> void convolve_back(const Conv<F>& c, int64_t b, int64_t d, int64_t w) {
-    F v[BLOCK], g[BLOCK], gbias[BLOCK] = {};
-    std::vector<F> gtaps(c.K * BLOCK);
+    F v[BLOCK], g[BLOCK], ones[BLOCK];
+    std::vector<F> sum((c.K + 1) * BLOCK), total((c.K + 1) * BLOCK);    // of the taps, then of the bias
+    std::fill_n(ones, BLOCK, F(1));
     for (int64_t t = 0; t < c.K; t++) std::fill_n(c.gseen + (b * (c.K + c.L) + t) * c.D + d, w, F(0));
     for (int64_t t = 0; t < c.L; t++) {
         const int64_t row = (b * (c.K + c.L) + t) * c.D + d;
@@ -59,20 +60,25 @@ template <class F> void convolve_back(const Conv<F>& c, int64_t b, int64_t d, in
         for (int64_t l = 0; l < w; l++) {
             const F s = c.silu ? sigmoid(v[l]) : F(1);
             g[l] = c.silu ? gy[l] * s * (F(1) + v[l] * (F(1) - s)) : gy[l];
-            gbias[l] += g[l];
         }
-        for (int64_t k = 0; k < c.K; k++) {
-            const F *x = c.seen + row + (k + 1) * c.D, *tap = c.taps + k * c.D + d;
-            F *gx = c.gseen + row + (k + 1) * c.D, *gtap = &gtaps[k * BLOCK];
+        for (int64_t k = 0; k <= c.K; k++) {
+            const bool tap = k < c.K;                                   // or the bias, which sees a one
+            const F *x = tap ? c.seen + row + (k + 1) * c.D : ones, *w_k = c.taps + k * c.D + d;
+            F *gx = c.gseen + row + (k + 1) * c.D, *s = &sum[k * BLOCK];
             #pragma omp simd
-            for (int64_t l = 0; l < w; l++) {
-                gx[l] += g[l] * tap[l];
-                gtap[l] += g[l] * x[l];
-            }
+            for (int64_t l = 0; l < w; l++) s[l] += g[l] * x[l];
+            if (!tap) continue;
+            #pragma omp simd
+            for (int64_t l = 0; l < w; l++) gx[l] += g[l] * w_k[l];
         }
+        if (t % 32 == 31 || t == c.L - 1)                               // sums of sums round less than long ones
+            for (size_t i = 0; i < sum.size(); i++) {
+                total[i] += sum[i];
+                sum[i] = 0;
+            }
     }
-    for (int64_t k = 0; k < c.K; k++) std::copy_n(&gtaps[k * BLOCK], w, c.gtaps + (b * c.K + k) * c.D + d);
-    std::copy_n(gbias, w, c.gbias + b * c.D + d);
+    for (int64_t k = 0; k < c.K; k++) std::copy_n(&total[k * BLOCK], w, c.gtaps + (b * c.K + k) * c.D + d);
+    std::copy_n(&total[c.K * BLOCK], w, c.gbias + b * c.D + d);
 }
 
 template <class F> void conv(const Conv<F>& c) {

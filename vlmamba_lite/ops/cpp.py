@@ -79,7 +79,7 @@ def fused_library():
             folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):                            # as with a read-only home: for this process alone
             path = Path(folder := tempfile.mkdtemp()) / path.name
-        print(f"vlmamba_lite: builds its C++ kernels, once for this machine, and keeps them in {folder}", file=sys.stderr)
+        print(f"vlmamba_lite: builds its C++ kernels, once for this machine, into {folder}", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             built = Path(beside) / path.name
             _compile("-shared", "-fPIC", "-o", str(built), source=KERNEL)
