@@ -6,11 +6,14 @@
 __all__ = ['Run']
 
 # %% ../../nbs/training/run.ipynb #82632237
+import time
+from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
@@ -20,7 +23,7 @@ from .checkpoints import (drop_checkpoints, latest_checkpoint, read_state, resto
 from .distributed import Processes, main_process, whole_model
 from .optimizers import EMA, build_optimizers, parameter_kinds
 from .recipes import check_moved, digests, freeze
-from .results import MetricsLog, Speed, StepReport, StopRequest, Stopwatch, Trackers, differences, used_memory
+from .results import StepReport, Stopwatch, Trackers, differences
 
 # %% ../../nbs/training/run.ipynb #384f60dc
 @dataclass
@@ -39,16 +42,14 @@ class Run:
     log_every: int = 10
     workers: int = 0
     best: str | None = None
-    stop: StopRequest | None = None
-    log: MetricsLog | None = None
-    step: int = 0                # steps done, over all stages
-    began: int = 0               # steps of the stages before this one
 
     def __post_init__(self):
-        self.model = self.core.model
+        self.stop = self.log = self.ema = self.learner = None
+        self.step = self.began = 0                             # steps done, and those of the stages before this one
+        self.model, self.watch = self.core.model, Stopwatch()
         self.kinds = parameter_kinds(self.model)               # before sharding replaces the parameters
         self.total = sum(stage.steps for stage in self.stages)
-        self.speed, self.watch, self.ema, self.learner = Speed(), Stopwatch(), None, None
+        self.recent = deque([(time.perf_counter(), 0)], maxlen=11)       # when the last steps ended, their tokens
 
     def resume(self):
         "Puts the weights of the newest checkpoint into the model, after a check of every bit; returns its path."
@@ -90,10 +91,9 @@ class Run:
 
     def stopping(self):
         "Whether any process was asked to stop: all of them must agree on the step."
-        asked = self.stop is not None and self.stop.asked
         if self.processes.count == 1:
-            return asked
-        return self.processes.sum(torch.tensor(float(asked), device=self.processes.device)).item() > 0
+            return self.stop.asked
+        return self.processes.sum(torch.tensor(float(self.stop.asked), device=self.processes.device)).item() > 0
 
     def keep(self, batches, done, error):
         "Saves the micro-batches of a step that failed; returns the error with the step and the file."
@@ -108,20 +108,25 @@ class Run:
         "Tells the log, the trackers and `on_step` how a step went, in process 0."
         tokens = (sum(int(batch.mask.sum()) for batch in batches) + self.core.visual_tokens) * self.processes.count
         self.core.visual_tokens, self.step = 0, self.began + done
-        rate, seconds = self.speed.add(tokens)
         if not main_process():
             return
-        report = StepReport(self.step, self.total, stage.name, done, stage.steps, loss, lr, round(rate, 1),
-                            used_memory(self.model.device), seconds * (self.total - self.step))
+        self.recent.append((time.perf_counter(), tokens))
+        seconds = max(self.recent[-1][0] - self.recent[0][0], 1e-9)
+        memory, gpu = psutil.Process().memory_info().rss, self.model.device.type == "cuda"
+        report = StepReport(self.step, self.total, stage.name, done, stage.steps, loss, lr,
+                            tokens_per_second=round(sum(n for _, n in list(self.recent)[1:]) / seconds, 1),
+                            memory_bytes=torch.cuda.max_memory_allocated() if gpu else memory,
+                            seconds_left=seconds / (len(self.recent) - 1) * (self.total - self.step))
         if self.step % self.log_every == 0 or done in stage.checks():
             shown = dict(loss=loss, lr=lr, tokens_per_second=report.tokens_per_second, memory_bytes=report.memory_bytes)
-            self.write(stage, **shown, **{f"{k}_seconds": round(v, 2) for k, v in self.watch.spent.items()})
-            self.trackers.log(shown, self.step)
+            spent = {f"{kind}_seconds": round(seconds, 2) for kind, seconds in self.watch.spent.items()}
+            self.write(stage, shown, shown | spent)
         if self.on_step is not None:
             self.on_step(report)
 
-    def write(self, stage, **line):
-        "Appends a line with the step and the stage to the log, where there is one."
+    def write(self, stage, numbers, line):
+        "Sends numbers to the trackers, and a line with the step and the stage to the log, where there is one."
+        self.trackers.log(numbers, self.step)
         if self.log is not None:
             self.log.write(step=self.step, stage=stage.name, **line)
 
@@ -134,8 +139,7 @@ class Run:
     def validate(self, stage, model):
         "Evaluates, tells log, trackers and `on_check`; returns the score that decides which checkpoint is best."
         scores = self.evaluate(model)
-        self.write(stage, validation=scores)
-        self.trackers.log({f"validation/{name}": value for name, value in scores.items()}, self.step)
+        self.write(stage, {f"validation/{name}": value for name, value in scores.items()}, {"validation": scores})
         if self.on_check is not None:
             self.on_check(self.step, scores)
         name = next(iter(scores)) if self.best is None else self.best
@@ -148,11 +152,10 @@ class Run:
         with self.usable_model() as model:                     # the weights that train are now in their mean's place
             score = self.validate(stage, model) if validate and self.evaluate is not None and main_process() else None
             if self.folder is not None:
-                state = dict(step=self.began + done, seed=self.seed, seconds=dict(self.watch.spent),
-                             stage=stage.name, stage_step=done,
-                             stages={s.name: s.steps for s in self.stages}, digests=self.before, score=score)
-                raw = self.ema.mean if self.ema is not None else None
-                save_checkpoint(self.folder, self.model, self.optimizers, state, model, raw)
+                stages = {s.name: s.steps for s in self.stages}
+                state = dict(step=self.began + done, seed=self.seed, seconds=self.watch.spent, stage=stage.name,
+                             stage_step=done, stages=stages, digests=self.before, score=score)
+                save_checkpoint(self.folder, self.model, self.optimizers, state, model, self.ema and self.ema.mean)
         if self.folder is not None and main_process():
             drop_checkpoints(self.folder, stage.keep)
         self.processes.wait()
