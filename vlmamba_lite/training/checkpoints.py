@@ -46,7 +46,11 @@ def write_folder(path, write):
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)                    # of a run that was killed here
     part.mkdir(parents=True)
-    write(part)
+    try:
+        write(part)
+    except Exception:
+        shutil.rmtree(part, ignore_errors=True)                # of a full disk
+        raise
     files = sorted(file for file in part.rglob("*") if file.is_file())
     manifest = {str(f.relative_to(part)): {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in files}
     (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -57,20 +61,23 @@ def write_folder(path, write):
 
 # %% ../../nbs/training/checkpoints.ipynb #97ef2c79
 @contextmanager
-def readable(path):
+def readable(path, remedy=""):
     "A context in which any error while a checkpoint is read becomes a `ValueError` in one line that names the file."
     try:
         yield
     except Exception as error:                                 # json, safetensors, load_state_dict raise anything
         reason = type(error).__name__ if not isinstance(error, ValueError) else str(error).splitlines()[0]
-        raise ValueError(f"resume: {path} is damaged, or no checkpoint of this model ({reason})") from error
+        raise ValueError(f"resume: {path} is damaged, or no checkpoint of this model ({reason}){remedy}") from error
 
 
 def verify_checkpoint(path):
     "Compares a checkpoint with its manifest. `ValueError` for the first file that is missing, too short or damaged."
-    with readable(path / MANIFEST):
+    remedy = f"; delete {path} to go on from the one before"
+    with readable(path / MANIFEST, remedy):
         manifest = json.loads((path / MANIFEST).read_text())
         entries = [(path / name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items()]
+        if not entries or any(file.name not in manifest for file in path.glob("*.safetensors")):
+            raise ValueError("it does not list all files")
     for file, size, sha256 in entries:
         if not file.is_file():
             fault = "is missing"
@@ -80,7 +87,7 @@ def verify_checkpoint(path):
             fault = "has another checksum than when it was written"
         else:
             continue
-        raise ValueError(f"checkpoint: {file} {fault}; delete {path} to go on from the one before")
+        raise ValueError(f"checkpoint: {file} {fault}{remedy}")
 
 # %% ../../nbs/training/checkpoints.ipynb #1ce61cc7
 def checkpoints(folder):

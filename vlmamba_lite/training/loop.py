@@ -22,14 +22,14 @@ from ..language.model import real_labels
 from .checkpoints import has_checkpoint
 from .distributed import Processes, main_process
 from .recipes import count_steps, learning_rate, set_modes
-from .results import MetricsLog, StopRequest, Trackers
+from .results import MetricsLog, StopRequest, Trackers, writing
 from .run import Run
 
 # %% ../../nbs/training/17_loop.ipynb #b07bcf60
 def train_step(learner, optimizers, batches, lr, clip, processes):
     """One update from the micro-batches of a step, on all processes; returns the mean loss over all its learned tokens.
     learner(batch) is a mean loss. `FloatingPointError`, before a weight moves, if loss or gradient is not finite."""
-    counts = torch.tensor([float(learned_tokens(batch)) for batch in batches], device=processes.device)
+    counts = torch.tensor([float(learned_tokens(batch)) for batch in batches]).to(processes.device, non_blocking=True)
     shares = counts * processes.count / processes.sum(counts.sum())    # by tokens, or a short answer would count more
     learner.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=processes.device)
@@ -131,8 +131,9 @@ def train(model, stages, sources, folder=None, seed=0, evaluate=None, resume=Fal
     sources: {stage name: source}, source[step] -> Batch. folder: for checkpoints, log and model; None writes nothing.
     evaluate(model) -> {name: score}, on_step(`StepReport`) and on_check(step, scores) are called in process 0.
     parallel: "auto" (several processes: "ddp"), "ddp" or "fsdp". best: the score that decides, by default the first;
-    "loss..." counts down. Raises a `ValueError` for an argument that does not fit, a `FloatingPointError` with the
-    batch saved, a `RuntimeError` where a frozen tensor moved."""
+    "loss..." counts down. resume: True, or "changed" to go on although data, model or options are not those it began
+    with. Raises a `ValueError` for an argument that does not fit, a `FloatingPointError` with the batch saved, a
+    `RuntimeError` where a frozen tensor moved, an `OSError` for a full disk."""
     folder = None if folder is None else Path(folder)
     processes = Processes(model.device, parallel)
     check_run(stages, sources, folder, resume, processes.parallel)
@@ -142,9 +143,9 @@ def train(model, stages, sources, folder=None, seed=0, evaluate=None, resume=Fal
     learner = Learner(model.to(processes.device))
     run = Run(learner, stages, sources, folder, seed, processes, trackers, evaluate, on_step, on_check, log_every,
               workers, best)
-    with StopRequest() as run.stop:
+    with StopRequest() as run.stop, writing(folder if main_process() else None):
         try:
-            checkpoint = run.resume() if resume else None
+            checkpoint = run.resume(resume) if resume else None
             run.log = MetricsLog(folder / "metrics.jsonl", run.step) if folder is not None and main_process() else None
             for stage in run.stages:
                 done = min(run.step - run.began, stage.steps)

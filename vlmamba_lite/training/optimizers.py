@@ -61,7 +61,8 @@ def parameter_kinds(model):
 
 def parameter_groups(model, kinds=None):
     "Trainable parameters: {\"matrices\", \"decayed\", \"plain\"} -> {name: p}. kinds: `parameter_kinds`, unsharded."
-    kinds, trained = kinds or parameter_kinds(model), [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    kinds = kinds or parameter_kinds(model)
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     return {kind: {n: p for n, p in trained if kinds[n] == kind} for kind in ("matrices", "decayed", "plain")}
 
 

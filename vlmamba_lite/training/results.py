@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'RUN_CONFIG', 'StopRequest', 'MetricsLog', 'read_metrics', 'Trackers', 'StepReport', 'Stopwatch',
-           'differences', 'write_run_config', 'plot_curves', 'provenance', 'write_result', 'prefix_reuse_cost']
+           'differences', 'writing', 'write_run_config', 'plot_curves', 'provenance', 'write_result',
+           'prefix_reuse_cost']
 
 # %% ../../nbs/training/results.ipynb #1ab67574
+import errno
 import importlib.util
 import json
 import os
@@ -15,25 +17,29 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 
 import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from .. import __version__
 from ..data.easy_vqa import VQABatches
-from ..files import write_atomically, write_json
+from ..files import read_json, write_atomically, write_json
 
 # %% ../../nbs/training/results.ipynb #37897170
 class StopRequest:
-    "A context in which the first Ctrl-C or SIGTERM sets `.asked`, and a Ctrl-C after that interrupts."
+    "A context in which the first Ctrl-C or SIGTERM sets `.asked`, a Ctrl-C after that interrupts; for the main thread."
 
     def __enter__(self):
-        self.asked = False
-        self.before = [(number, signal.signal(number, self._ask)) for number in (signal.SIGINT, signal.SIGTERM)]
+        self.asked, main = False, threading.current_thread() is threading.main_thread()
+        self.before = [(n, signal.signal(n, self._ask)) for n in (signal.SIGINT, signal.SIGTERM) if main]
         return self
 
     def _ask(self, *_):
@@ -50,7 +56,7 @@ class MetricsLog:
 
     def __init__(self, path, start=0):
         self.path = Path(path)
-        kept = [line for line in read_metrics(path) if line["step"] <= start] if start else []
+        kept = [line for line in read_metrics(path) if line["step"] <= start] if start and self.path.exists() else []
         write_atomically(self.path, lambda part: part.write_text("".join(json.dumps(line) + "\n" for line in kept)))
 
     def write(self, **line):
@@ -60,8 +66,15 @@ class MetricsLog:
 
 
 def read_metrics(path):
-    "The lines of a metrics.jsonl as a list of dicts; one that a crash left unfinished is left out."
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
+    "The lines of a metrics.jsonl as dicts; one that a crash left unfinished is left out. `ValueError` for damage."
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    for n, text in enumerate(lines):
+        try:
+            lines[n] = json.loads(text)
+            lines[n]["step"] + 0
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}: line {n + 1} holds no numbers of a step; delete that line to go on") from None
+    return lines
 
 # %% ../../nbs/training/results.ipynb #78e53314
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -139,13 +152,39 @@ def differences(now, before, name=""):
     return [] if now == before else [(name, now, before)]
 
 
+@contextmanager
+def writing(folder):
+    """A context in which this process alone writes into a run's folder. None: does nothing. `ValueError` where another
+    one does; a disk that is full becomes an `OSError` of one line."""
+    if folder is None:
+        yield
+        return
+    path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"folder: {folder} is in use by a run that has not ended, need another folder") from None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:                          # safetensors has its own kind of error
+        if getattr(error, "errno", errno.ENOSPC) != errno.ENOSPC:
+            raise
+        raise OSError(f"folder: {folder} could not be written ({error}); the checkpoints in it are whole") from error
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        lock.release()
+
+
 def write_run_config(folder, resume=False, **settings):
-    "Writes a run's resolved configuration; `resume` checks that it is the same. `ValueError` naming a difference."
+    "Writes a run's resolved configuration; `resume=True` checks that it is the same. `ValueError` naming a difference."
     path, settings = Path(folder) / RUN_CONFIG, json.loads(json.dumps(settings))        # lists for tuples, as on disk
-    if resume:
-        for name, got, need in differences(settings, json.loads(path.read_text(encoding="utf-8"))):
+    with writing(folder):
+        for name, got, need in differences(settings, read_json(path)) if resume is True else ():
             raise ValueError(f"{name}: got {got}, need {need}, with which this run began")
-    write_json(path, settings)
+        write_json(path, settings)
 
 # %% ../../nbs/training/results.ipynb #924913d0
 def plot_curves(metrics, path=None):
