@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
 # %% ../../nbs/training/optimizers.ipynb #1d5b3b1a
 def parameter_kinds(model):
     """{name of a parameter: "matrices", "decayed" or "plain"}, whether it trains or not. matrices: weights of Linear
-    and Conv2d, not the head; plain: one-dimensional ones and those marked `_no_weight_decay` (Mamba's official code)."""
+    and Conv2d, not the head; plain: one-dimensional ones, those marked `_no_weight_decay` (Mamba's official code)."""
     matrices = {m.weight for name, m in model.named_modules()
                 if isinstance(m, (nn.Linear, nn.Conv2d)) and "lm_head" not in name}
     matrices -= {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}                # a tied head

@@ -31,22 +31,21 @@ from .results import StepReport, Stopwatch, Trackers, differences
 
 # %% ../../nbs/training/run.ipynb #c6bfac4a
 def _contents(source, most):
-    "Yields the bytes that a source is made of."
+    "Yields the bytes that a source is made of; of a picture in a file its name and size."
     if isinstance(data := getattr(source, "data", None), VQASet):
         yield from (data.images.numpy().data, repr((data.questions, data.answers)).encode())
-    for data in source.mixture.sets if hasattr(source, "mixture") else ():
-        for i in range(0, len(data), max(len(data) // most, 1)):
-            try:
-                sample = data[i]
-            except SampleError as error:
-                yield error.kind.encode()
-                continue
+    sets = source.mixture.sets if hasattr(source, "mixture") else ()
+    for data, i in ((data, i) for data in sets for i in range(0, len(data), max(len(data) // most, 1))):
+        try:
+            sample = data[i]
             yield repr(sample.turns).encode()
             for image in sample.images:
                 if isinstance(image, Path):
-                    yield f"{image.name} {image.stat().st_size if image.is_file() else None}".encode()
+                    yield f"{image.name} {image.stat().st_size}".encode()
                 else:
                     yield image["bytes"] if isinstance(image, dict) else image.tobytes()
+        except (SampleError, OSError) as error:
+            yield type(error).__name__.encode()
 
 
 def fingerprint(source, most=10_000):
