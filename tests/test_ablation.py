@@ -55,6 +55,14 @@ def test_interval_by_hand():
     assert T.interval([7.0, 7.0]) == (7.0, 0.0)
 
 
+@pytest.mark.parametrize("values", [[], [math.nan], [1.0, math.nan, 3.0], [1.0, math.inf]])
+def test_no_interval_without_numbers(values):
+    with pytest.raises(ValueError, match="^values: got .*, need at least one, and no NaN"):
+        T.interval(values)
+    with pytest.raises(ValueError, match="^values: got"):
+        T.verdict(dict(enumerate(values or [math.nan])), {0: 1.0, 1: 2.0, 2: 3.0})
+
+
 def test_pairs_are_those_of_equal_seeds():
     a, b = {0: 3.0, 1: 5.0, 7: 100.0}, {1: 4.0, 0: 1.0, 2: -50.0}
     assert T.paired(a, b) == T.interval([2.0, 1.0])
@@ -402,6 +410,22 @@ def test_a_broken_file_is_named(quick, tmp_path):
 def test_bad_arguments(quick, tmp_path, arguments, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         A.run_grid(**{"output": tmp_path, **arguments})
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_results_that_could_not_be_written_are_refused_before_the_work(quick, tmp_path, monkeypatch, dry_run):
+    monkeypatch.setattr(A, "start_row", lambda *_, **__: pytest.fail("a model was built"))
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing/x")):
+        with pytest.raises(ValueError, match="^output: got .*, need a folder that can be written; /.*: "):
+            A.run_grid(["a"], ["one"], 1, output, dry_run=dry_run)
+
+    def read_only(**_):
+        raise OSError(30, "Read-only file system")
+    monkeypatch.setattr(A.tempfile, "TemporaryFile", read_only)
+    with pytest.raises(ValueError, match="^output: got"):
+        A.run_grid(["a"], ["one"], 1, tmp_path / "new", dry_run=dry_run)
+    assert (tmp_path / "file").read_text() == "mine" and sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
 def test_no_time_no_run(quick, tmp_path):

@@ -5,18 +5,21 @@ import os
 import subprocess
 import sys
 from fractions import Fraction as F
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.stats import binomtest
 
 from vlmamba_lite.evaluation import lmms, metrics
-from vlmamba_lite.evaluation.answers import (answer, bootstrap, check_pairs, evaluate, leave_one_out, pope_answer, pope_formula,
-                                             pope_parts)
+from vlmamba_lite.evaluation.answers import (answer, bootstrap, check_pairs, evaluate, leave_one_out, pope_answer, pope_formula, pope_parts,
+                                             share_interval)
 from vlmamba_lite.evaluation.metrics import (BENCHMARKS, CONTRACTIONS, PAPERS, Sample, answer_samples, evaluate_benchmark, read_benchmark, score,
                                              vqa_accuracy, vqa_answer)
 
@@ -246,9 +249,52 @@ def test_pictures_are_drawn_with_all_their_questions(name, answer, wrong):
 
 
 def test_bootstrap_says_what_it_needs():
-    for parts, options in ((np.zeros(3), {}), (np.zeros((0, 2)), {}), (np.zeros((3, 2)), dict(resamples=0)), (np.zeros((3, 2)), dict(level=1))):
+    for parts, options in ((np.zeros(3), {}), (np.array([[1, np.nan]]), {}), (np.zeros((0, 2)), {}), (np.zeros((3, 2)), dict(resamples=0)), (np.zeros((3, 2)), dict(level=1))):
         with pytest.raises(ValueError, match="^parts: got shape"):
             bootstrap(parts, mean, **options)
+
+
+@pytest.mark.parametrize("trials", [1, 3, 20, 400])
+def test_intervals_of_shares_are_the_exact_ones(trials):
+    for right in range(0, trials + 1, max(1, trials // 7)):
+        for level in (0.9, 0.95):
+            theirs = binomtest(right, trials).proportion_ci(level, method="exact")
+            assert share_interval(right / trials, trials, level) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+
+
+@few
+@given(st.integers(0, 1000), st.integers(1, 10 ** 6))
+def test_intervals_of_shares_hold_the_share_and_have_a_width(thousandths, trials):
+    low, high = share_interval(thousandths / 1000, trials)
+    assert 0 <= low <= thousandths / 1000 <= high <= 1 and low < high
+
+
+def test_intervals_of_shares_say_what_they_need():
+    for share, trials in ((1.2, 3), (-0.1, 3), (float("nan"), 3), (0.5, 0)):
+        with pytest.raises(ValueError, match=f"^share: got {share} of {trials} trials, need a share in"):
+            share_interval(share, trials)
+
+
+@pytest.mark.parametrize("name", ["exact", "pope"])
+@pytest.mark.parametrize("right, count", [(3, 3), (0, 20), (1, 1), (200, 200), (0, 200), (19, 20)])
+def test_no_interval_has_width_zero(name, right, count):
+    "And of few pictures none is narrower than the exact one of so many trials."
+    samples = [sample(i, "yes" if i % 2 else "no", "even" if i % 2 else "odd") for i in range(count)]
+    said = [s.answers[0] if i < right else {"yes": "no", "no": "yes"}[s.answers[0]] for i, s in enumerate(samples)]
+    result = score(name, samples, said, resamples=50)
+    for kind, (low, high) in result["intervals"].items():
+        assert low <= result["scores"][kind] <= high and high - low > 0.01, kind
+    exact = binomtest(right, count).proportion_ci(0.95, method="exact")
+    low, high = result["intervals"]["accuracy"]
+    assert low <= exact.low + 1e-9 and high >= exact.high - 1e-9
+
+
+def test_questions_about_one_picture_are_one_trial():
+    "Three right answers about one picture say no more than one: it could be the one picture of forty that the model knows."
+    result = score("exact", [sample(i, picture="p") for i in range(3)], ["yes"] * 3)
+    assert result["intervals"]["accuracy"] == pytest.approx([0.025, 1])
+    half = score("exact", [sample(i, picture=i // 2) for i in range(80)], ["yes", "no"] * 40)                     # every picture is half right
+    assert half["intervals"]["accuracy"] == pytest.approx(list(share_interval(0.5, 40)))
 
 
 # Files of the benchmarks, written small
@@ -468,6 +514,53 @@ def test_evaluate_benchmark_leaves_everything(tmp_path):
     assert again["scores"] == result["scores"]
 
 
+def says_yes(model, pairs):
+    return ["yes"] * len(pairs)
+
+
+def begun(folder, samples, ask, **options):
+    "An evaluation that was killed after its first batch."
+    def kill(done):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_benchmark(ask, "exact", samples, folder, 2, on_step=kill, **options)
+
+
+def test_a_run_goes_on_with_the_same_or_says_what_differs(tmp_path):
+    "The weights, their names, a picture's bytes, an answer, the order, a setting: each is refused by name, and nothing is lost."
+    def samples(**more):
+        lines = [question(name=str(i), image=image, **{"answer": "yes", **more}) for i, image in enumerate(("p.png", "q.png", "p.png", "q.png"))]
+        return read_benchmark("exact", write_questions(tmp_path / "data", lines))
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 2)
+    begun(tmp_path / "out", samples(), partial(says_yes, model))
+    kept = (tmp_path / "out/predictions.jsonl").read_bytes()
+
+    def refused(field, ask=partial(says_yes, model), questions=None, **options):
+        with pytest.raises(ValueError, match=f"^{field}: got .*, need .*, with which this run began$"):
+            evaluate_benchmark(ask, "exact", questions or samples(), tmp_path / "out", **{"batch_size": 2, **options}, resume=True)
+        assert (tmp_path / "out/predictions.jsonl").read_bytes() == kept
+    other, bias = torch.nn.Linear(2, 2), model.bias[1].item()
+    refused("checksums.weights", partial(says_yes, other))
+    with torch.no_grad():
+        model.bias[1] += 1e-3                                              # one number of one tensor
+        refused("checksums.weights")
+        model.bias[1] = bias
+    refused("checksums.weights", lambda pairs: ["yes"] * len(pairs))
+    refused("checksums.data", questions=samples(answer="no"))
+    refused("checksums.data", questions=samples(category="b"))
+    refused("checksums.data", questions=samples()[::-1])
+    refused("questions", questions=samples()[:3])
+    refused("batch_size", batch_size=3)
+    refused("suffix", suffix=True)
+    refused("model", settings={"model": "b"})
+    same, pixels = samples(), bytearray(PIXELS)
+    pixels[-13] ^= 1                                                       # a picture of the same size
+    (tmp_path / "data/q.png").write_bytes(pixels)
+    refused("checksums.data", questions=same)
+    assert evaluate_benchmark(partial(says_yes, model), "exact", samples(), tmp_path / "out", 2, resume=True)["scores"] == {"accuracy": 1}
+
+
 # lmms-eval
 
 def lmms_request(question, pictures, place, **options):
@@ -600,6 +693,21 @@ def test_eval_of_easy_vqa_is_what_training_reports(small, make_model, saved, mon
     (folder / "predictions.jsonl").write_bytes(before[:5000])
     assert vlmamba("eval", saved, "--benchmark", "easy_vqa", "--device", "cpu", "--batch-size", 50, "--resume").code == 0
     assert (folder / "predictions.jsonl").read_bytes() == before
+
+
+def test_eval_goes_on_with_the_same_model(small, make_model, saved, monkeypatch):
+    "Another model in the same folder is refused; the first one put back goes on."
+    monkeypatch.setattr(metrics, "load_easy_vqa", lambda split: small.rows)
+    arguments = ("eval", saved, "--benchmark", "easy_vqa", "--device", "cpu", "--batch-size", 50)
+    assert vlmamba(*arguments).code == 0
+    path = saved / "eval/easy_vqa/predictions.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5000])
+    make_model(seed=7).save_pretrained(saved)
+    said = vlmamba(*arguments, "--resume")
+    assert said.code == 2 and "checksums.weights: got" in said.err and path.read_bytes() == whole[:5000]
+    make_model().save_pretrained(saved)
+    assert vlmamba(*arguments, "--resume").code == 0 and path.read_bytes() == whole
 
 
 def test_eval_of_files_with_words_the_model_knows(small, saved, tmp_path):

@@ -17,8 +17,8 @@ from ..files import read_json
 # %% ../../nbs/evaluation/20_ablations.ipynb #a70ded4f
 def interval(values, level=0.95):
     "(mean, half width of its t interval) of some scores; the half width of a single one is infinite."
-    if not len(values):
-        raise ValueError("values: got none, need at least one")
+    if not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"values: got {list(values)}, need at least one, and no NaN")
     half = math.inf
     if len(values) > 1:
         half = float(stdtrit(len(values) - 1, (1 + level) / 2) * np.std(values, ddof=1) / math.sqrt(len(values)))

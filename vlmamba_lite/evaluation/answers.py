@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'accuracy', 'blind_majority', 'baselines', 'check_pairs', 'answer', 'after_picture', 'pixels_of',
            'answer_all', 'accuracy_by_type', 'evaluate', 'pick_samples', 'sample_sheet', 'plot_samples',
-           'conversation_samples', 'leave_one_out', 'pope_answer', 'pope_parts', 'pope_formula', 'bootstrap']
+           'conversation_samples', 'leave_one_out', 'pope_answer', 'pope_parts', 'pope_formula', 'bootstrap',
+           'share_interval']
 
 # %% ../../nbs/evaluation/18_answers.ipynb #c6e3fd23
 from collections import Counter, defaultdict
@@ -14,6 +15,7 @@ from textwrap import fill, shorten
 
 import numpy as np
 import torch
+from scipy.special import betaincinv
 
 from ..data.batches import load_picture, pad_rows
 from ..data.easy_vqa import QUESTION_TYPES
@@ -219,10 +221,21 @@ def bootstrap(parts, formula, resamples=1000, level=0.95, seed=0):
 
     parts (units, numbers): a row for each unit, drawn with replacement. The same seed gives the same intervals."""
     parts, rng = np.asarray(parts, float), np.random.default_rng(seed)
-    if parts.ndim != 2 or not len(parts) or resamples < 1 or not 0 < level < 1:
+    if parts.ndim != 2 or not len(parts) or not np.isfinite(parts).all() or resamples < 1 or not 0 < level < 1:
         raise ValueError(f"parts: got shape {parts.shape}, {resamples} resamples, level {level}; "
-                         "need (units, numbers), at least 1, and in (0, 1)")
+                         "need (units, numbers) without NaN, at least 1, and in (0, 1)")
     n, tails = len(parts), ((1 - level) / 2, (1 + level) / 2)
     times = (np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples))       # each unit was drawn
     scores = [formula(drawn @ parts) for drawn in times]
     return {name: tuple(np.nanquantile([s[name] for s in scores], tails).tolist()) for name in scores[0]}
+
+# %% ../../nbs/evaluation/18_answers.ipynb #45013d64
+def share_interval(share, trials, level=0.95):
+    """(low, high): the interval of a share of independent trials, never of width zero (Clopper and Pearson, 1934).
+
+    share × trials need not be a whole number: a picture may be half right. ValueError for a share outside [0, 1]."""
+    if not 0 <= share <= 1 or trials < 1:
+        raise ValueError(f"share: got {share} of {trials} trials, need a share in [0, 1] of at least 1")
+    right, tail = share * trials, (1 - level) / 2
+    low = betaincinv(right, trials - right + 1, tail) if right else 0.0
+    return float(low), float(betaincinv(right + 1, trials - right, 1 - tail) if share < 1 else 1.0)
