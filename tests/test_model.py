@@ -74,7 +74,11 @@ def values_and_gradients(model, call, labels):
     model.zero_grad()
     logits = call()
     next_token_loss(logits, labels).backward()
-    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    return logits.detach(), gradients_of(model)
+
+
+def gradients_of(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 # Reading once is reading every time
@@ -104,7 +108,10 @@ def test_a_picture_read_once_is_the_full_sequence_for_presets(small, preset):
 def test_and_so_are_its_gradients(make_model, small, connector, mixer, dtype, limit):
     model = make_model(connector, mixer, n_layer=2).eval().to(dtype)
     images, ids, labels = inputs(small.tokenizer.get_vocab_size(), dtype=dtype)
-    once, gradients = values_and_gradients(model, lambda: model(batch_of(images, ids, labels)).logits, labels)
+    model(batch_of(images, ids, labels)).loss.backward()                       # logits of positions that learn, and of no others
+    own = gradients_of(model)
+    once, gradients = values_and_gradients(model, lambda: model(batch_of(images, ids)).logits, labels)
+    assert max(rms_error(own[name], g) for name, g in gradients.items()) < limit
     for twin in (lambda: model(batch_of(images.repeat_interleave(3, 0), ids)).logits, lambda: full_sequence(model, images, ids)):
         logits, twins = values_and_gradients(model, twin, labels)
         assert rms_error(once, logits) < limit
@@ -144,7 +151,7 @@ def test_loss_by_hand(make_model, small):
     model = make_model().eval()
     images, ids, labels = inputs(small.tokenizer.get_vocab_size())
     out = model(batch_of(images, ids, labels))
-    log_p = F.log_softmax(out.logits.double(), -1)
+    log_p = F.log_softmax(model(batch_of(images, ids)).logits.double(), -1)
     want = [-log_p[r, t - 1, labels[r, t]] for r in range(6) for t in range(1, 7) if labels[r, t] != -100]
     assert len(want) == 3 * 5 + 3 * 4 and abs(out.loss.item() - torch.stack(want).mean().item()) < 1e-5
     assert model(batch_of(images, ids)).loss is None
