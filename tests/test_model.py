@@ -29,7 +29,7 @@ from vlmamba_lite.files import SWITCH, load_weights, save_together, saved_files,
 from vlmamba_lite.language.model import MambaConfig, load_state, next_token_loss, save_state
 from vlmamba_lite.connectors.connectors import CONNECTORS
 from vlmamba_lite.model.presets import MODEL_PRESETS, VLMambaConfig, lite_config, tiny_config
-from vlmamba_lite.model.saving import load_connector, model_card, model_files, read_config
+from vlmamba_lite.model.saving import empty_model, load_connector, model_card
 from vlmamba_lite.model.vlmamba import VLMamba, picture_tokens
 from vlmamba_lite.connectors.msc import MambaScanConnector
 from vlmamba_lite.vision.towers import half_range, load_encoder, new_tower
@@ -707,7 +707,7 @@ def test_missing_files_are_named(saved, tmp_path):
         folder = shutil.copytree(saved, tmp_path / missing)
         (folder / missing).unlink()
         refused(folder, FileNotFoundError, f"^model: no .*{missing} in ")
-    assert [p.name for p in model_files(saved)] == ["config.json", "tokenizer.json", "model.safetensors"]
+    assert [p.name for p in empty_model(VLMamba, saved)[1]] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("text", ['{"model_type": "llava"}', "{}", '{"vision": {}}'])
@@ -715,8 +715,6 @@ def test_a_config_of_something_else(saved, tmp_path, text):
     folder = shutil.copytree(saved, tmp_path / "model")
     (folder / "config.json").write_text(text)
     refused(folder, ValueError, "config.json: got no model_type 'vlmamba', need a config.json written by save_pretrained$")
-    with pytest.raises(ValueError, match="model_type"):
-        read_config(folder / "config.json")
 
 
 @pytest.mark.parametrize("change", [
@@ -796,7 +794,7 @@ def test_shards_are_named_as_transformers_names_them(make_model, tmp_path):
             held |= {tensor: name for tensor in file.keys()}
     assert held == index["weight_map"] and set(model.state_dict()) - set(held) == {"language.lm_head.weight"}
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for n, t in model.state_dict().items() if n in held)
-    assert [p.name for p in model_files(tmp_path)] == ["config.json", "tokenizer.json", *names]
+    assert [p.name for p in empty_model(VLMamba, tmp_path)[1]] == names
     again = VLMamba.from_pretrained(tmp_path)
     assert same_model(model, again) and again.ask(picture(), QUESTION) == model.ask(picture(), QUESTION)
     assert again.language.lm_head.weight is again.language.backbone.embedding.weight
