@@ -12,7 +12,7 @@ import os
 import torch
 
 from .chunked import selective_scan_chunked
-from .cpp import selective_scan_cpp, without_compiler
+from .cpp import in_memory, selective_scan_cpp, without_compiler
 from .parallel import selective_scan_blelloch, selective_scan_hillis_steele
 from .reference import check_scan_inputs, selective_scan_reference
 
@@ -98,8 +98,9 @@ def resolve(backend, u, A):
     """
     if backend == "auto":
         tensors = isinstance(u, torch.Tensor) and isinstance(A, torch.Tensor) and A.ndim == 2
-        fits = tensors and u.is_cuda and u.dtype != torch.float64 and A.shape[1] <= 256
-        return "triton" if fits and _without_triton() is None else "chunked"
+        if tensors and u.is_cuda and u.dtype != torch.float64 and A.shape[1] <= 256 and _without_triton() is None:
+            return "triton"
+        return "cpp" if in_memory(u) and without_compiler() is None else "chunked"
     if backend not in _BACKENDS:
         raise ValueError(f"backend: got {backend!r}, need 'auto' or one of {', '.join(map(repr, _BACKENDS))}")
     if why := _BACKENDS[backend][1]():
