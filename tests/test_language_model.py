@@ -927,6 +927,15 @@ def test_names_and_ties():
 def test_configuration():
     assert [MambaConfig(pad_vocab_size_multiple=m).padded_vocab_size for m in (1, 8, 16)] == [50277, 50280, 50288]
     assert MambaConfig(vocab_size=48).padded_vocab_size == 48
-    for wrong in (dict(mixer="transformer"), dict(d_intermediate=-1), dict(n_layer=0), dict(d_model=0), dict(vocab_size=0), dict(pad_vocab_size_multiple=0)):
-        with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: got"):
+    for wrong in (dict(mixer="transformer"), dict(d_intermediate=-1), dict(n_layer=0), dict(d_model=0), dict(vocab_size=0), dict(pad_vocab_size_multiple=0),
+                  dict(d_model="a"), dict(d_model=1.5), dict(d_model=True), dict(d_model=10 ** 30), dict(n_layer=10 ** 9), dict(norm_eps=math.nan),
+                  dict(norm_eps="x"), dict(norm_eps=-1.), dict(tie_embeddings=1), dict(mixer_args=[1]), dict(d_intermediate="x"), dict(mixer=3)):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: got") as caught:
             MambaConfig(**wrong)
+        assert "\n" not in str(caught.value)
+    for wrong in (dict(chunk_size="a"), dict(d_state=-1), dict(d_state=None), dict(bias=3), dict(headdim=10 ** 12), dict(dt_min=math.nan), dict(dt_limit=3)):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: got"):
+            MambaConfig(mixer="mamba2", mixer_args=wrong)
+    with pytest.raises(ValueError, match="^mixer_args: got 'headdim', need some of d_model, d_state, "):
+        MambaConfig(mixer_args=dict(headdim=2))
+    MambaConfig(mixer_args=dict(dt_rank=3, expand=1.5)), MambaConfig(mixer="mamba2", mixer_args=dict(dt_limit=[0., math.inf]))

@@ -728,6 +728,29 @@ def test_a_damaged_config(saved, tmp_path, change):
     refused(folder, ValueError, "config.json|connector: got 'cnn'")
 
 
+@pytest.mark.parametrize("path, value", [
+    ("vision", 5), ("vision.width", "a"), ("vision.image_size", 10 ** 30), ("connector", 3), ("connector_args", []), ("connector_args.d_state", -1),
+    ("connector_args.expand", "x"), ("connector_args.hidden_dim", 10 ** 12), ("language.d_model", 10 ** 30), ("language.n_layer", 10 ** 9),
+    ("language.norm_eps", float("nan")), ("language.norm_eps", "x"), ("language.mixer_args", None), ("language.mixer_args.chunk_size", "a"),
+    ("language.tie_embeddings", "yes"), ("language.residual_in_fp32", None)])
+def test_a_wrong_value_is_named_with_its_file(saved, tmp_path, path, value):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    *lead, name = path.split(".")
+    part = config
+    for key in lead:
+        part = part[key]
+    part[name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(folder, ValueError, rf"config.json: {name}: got .*, need ")
+
+
+def test_the_tokenizer_of_another_model(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    refused(folder, ValueError, r"tokenizer.json: got 257 words, need at most \d+: it is another model's$")
+
+
 @pytest.mark.parametrize("size", [0, 4, 100, -10])
 def test_truncated_weights(saved, tmp_path, size):
     folder = shutil.copytree(saved, tmp_path / "model")

@@ -10,6 +10,7 @@ __all__ = ['NEOX', 'model_card', 'save_model', 'push_model', 'empty_model', 'loa
 import tempfile
 from dataclasses import asdict
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 
 from ..files import WEIGHTS, file_finder, load_weights, naming, read_json, save_together, tensors_in
 from ..files import unique_tensors, weight_files, weight_paths, write_atomically, write_json
+from ..language.model import check_arguments
 from .presets import VLMambaConfig
 
 # %% ../../nbs/model/saving.ipynb #d8001d55
@@ -89,9 +91,14 @@ def empty_model(model_class, folder):
         fields = read_json(config)
         if fields.pop("model_type", None) != "vlmamba":
             raise ValueError("got no model_type 'vlmamba', need a config.json written by save_pretrained")
+        check_arguments("configuration", fields, VLMambaConfig)
+        if missing := signature(VLMambaConfig).parameters.keys() - fields.keys():
+            raise ValueError(f"configuration: got no {', '.join(sorted(missing))}, need them all")
         model = model_class(VLMambaConfig(**fields))
     with naming(tokenizer):
         model.tokenizer = Tokenizer.from_file(str(tokenizer))
+        if (words := model.tokenizer.get_vocab_size()) > model.config.language.vocab_size:
+            raise ValueError(f"got {words:,} words, need at most {model.config.language.vocab_size:,}: it is another model's")
     return model, weights
 
 
