@@ -41,7 +41,8 @@ MUTATIONS = (                                                        # (old text
     ("y, h = form(X * dt[..., None], dt * A, B, C, h)", "y, h = form(X, dt * A, B, C, h)", "ssd"),
     ("future = high.new_full(S.shape[-2:], -math.inf).triu(1)", "future = high.new_full(S.shape[-2:], -math.inf).triu(0)", "ssd"),
     # the blocks
-    ("g_seen[:, k+1:k+1+L].addcmul_(g, taps[k])", "g_seen[:, k:k+L].addcmul_(g, taps[k])", "mamba blocks"),
+    ("y = sum(seen[:, k + 1:k + 1 + L] * taps[k]", "y = sum(seen[:, k:k + L] * taps[k]", "mamba blocks"),
+    ("return gseen, gtaps.sum(0), None if bias is None", "return gseen, gtaps.mean(0), None if bias is None", "mamba blocks"),
     ("window = torch.cat([window[..., 1:], x_t[..., None]", "window = torch.cat([window[..., :-1], x_t[..., None]", "mamba blocks"),
     ("at = lengths[:, None] + torch.arange(K, device=seen.device)", "at = lengths[:, None] - 1 + torch.arange(K, device=seen.device)", "blocks"),
     ("no_weight_decay(self.A_log, self.D)", "no_weight_decay(self.A_log)", "mamba training"),
@@ -49,7 +50,7 @@ MUTATIONS = (                                                        # (old text
     ("return torch.cat([paths, paths.flip(1)])", "return torch.cat([paths, paths.flip(0)])", "vss"),
     ("back = order.to(y.device).argsort(1) + L", "back = order.to(y.device) + L", "vss"),
     ("source = order.mT * S + torch.arange(K, device=order.device) % S", "source = order.mT * S", "vss"),
-    ("bias = None if first.out_proj.bias is None else K // S * sum(", "bias = None if first.out_proj.bias is None else sum(", "vss"),
+    ("return y if bias is None else y + (K // S - 1) * bias", "return y", "vss"),
     ("y = y.unflatten(2, (S, K // S)).sum(3) * F.silu(z)", "y = y.unflatten(2, (S, K // S)).mean(3) * F.silu(z)", "vss"),
     # connectors
     ("return self.mlp(self.norm(self.vss(tokens, size) + tokens))", "return self.mlp(self.norm(self.vss(tokens, size)))", "connector"),
