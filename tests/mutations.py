@@ -41,7 +41,8 @@ MUTATIONS = (                                                        # (old text
     ("y, h = form(X * dt[..., None], dt * A, B, C, h)", "y, h = form(X, dt * A, B, C, h)", "ssd"),
     ("future = high.new_full(S.shape[-2:], -math.inf).triu(1)", "future = high.new_full(S.shape[-2:], -math.inf).triu(0)", "ssd"),
     # the blocks
-    ("g_seen[:, k+1:k+1+L].addcmul_(g, taps[k])", "g_seen[:, k:k+L].addcmul_(g, taps[k])", "mamba blocks"),
+    ("y = sum(seen[:, k + 1:k + 1 + L] * taps[k]", "y = sum(seen[:, k:k + L] * taps[k]", "mamba blocks"),
+    ("return gseen, gtaps.sum(0), None if bias is None", "return gseen, gtaps.mean(0), None if bias is None", "mamba blocks"),
     ("window = torch.cat([window[..., 1:], x_t[..., None]", "window = torch.cat([window[..., :-1], x_t[..., None]", "mamba blocks"),
     ("at = lengths[:, None] + torch.arange(K, device=seen.device)", "at = lengths[:, None] - 1 + torch.arange(K, device=seen.device)", "blocks"),
     ("no_weight_decay(self.A_log, self.D)", "no_weight_decay(self.A_log)", "mamba training"),

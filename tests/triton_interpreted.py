@@ -11,7 +11,6 @@ import torch
 from scan_cases import DIFFERENTIABLE, assert_near, cast, draw, outputs_and_gradients
 
 from vlmamba_lite.evaluation import kernels
-from vlmamba_lite.ops import triton as scan_triton
 from vlmamba_lite.ops.reference import selective_scan_reference
 from vlmamba_lite.ops.triton import INTERPRETED, _PLACES, _scan_backward_op, _scan_op, selective_scan_triton
 from vlmamba_lite.connectors.vss import VSS, _kept_order, _order_once, scan_order
@@ -364,7 +363,7 @@ def test_a_kept_order_is_a_constant_to_the_compiler(monkeypatch):
     want = torch.autograd.grad(loss(u), u)[0]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     assert rms_error(torch.autograd.grad(compiled(u), u)[0], want) < 1e-6
-    monkeypatch.setattr(scan_triton, "_make_places", None)              # another check would fail
+    monkeypatch.setattr(torch.Tensor, "sort", None)                     # another check would fail
     assert rms_error(torch.autograd.grad(compiled(u), u)[0], want) < 1e-6
 
 

@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 import triton
 
+from ..connectors.vss import scan_order
 from ..ops.chunked import selective_scan_chunked
+from ..ops.reference import require
+from ..ops.selective_scan import backends
 from ..ops.triton import (INTERPRETED, least_seconds, scan_backward, scan_forward, scan_simple,
                                      selective_scan_triton)
-from ..connectors.vss import scan_order
 
 # %% ../../nbs/evaluation/kernels.ipynb #7e799ae8
 STRIDED = "u delta z y gy gu gdelta gz".split()                     # (pointer, four strides)
@@ -95,8 +97,8 @@ def _case(kernel, options=False, order=None, **how):
     fast = how.get("channels_fastest", False)
     constants = dict(GB=1, GC=1, BN=how.pop("BN", 16), BD=32, EVEN=True, SOFTPLUS=options, HAS_Z=options,
                      VEC=not fast, WHOLE=True, READ=order == "all", WRITE=order is not None, NEAR=fast)
-    missing = (() if options else ("D", "bias", "gD", "gbias")) + (() if order else ("order",))
-    constants |= {k: None for k in missing}
+    constants |= {} if options else dict.fromkeys(("D", "bias", "gD", "gbias"))
+    constants |= {} if order else {"order": None}
     return kernel, {k: v for k, v in constants.items() if k in kernel.arg_names}, how
 
 
@@ -177,27 +179,26 @@ def scan_error(scan, args, channels=64):
 
 # %% ../../nbs/evaluation/kernels.ipynb #77c7a879
 def _peer_scan():
-    "selective_scan_fn of mamba_ssm, or None and why not."
-    try:
-        import mamba_ssm
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-        return selective_scan_fn, mamba_ssm.__version__
-    except Exception as error:                  # a build for another torch fails with OSError or RuntimeError, too
-        return None, f"does not import: {type(error).__name__}"
+    "selective_scan_fn of mamba_ssm and its version, or None and why not."
+    if why := backends()["mamba_ssm"]:
+        return None, why
+    from mamba_ssm import __version__
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    return selective_scan_fn, __version__
 
 
 def _compared(shape, case, dtype, peer):
     "One line of the benchmark: times, errors and rates of our scan and of the official one."
-    args, (b, d, L, n, _) = bench_arguments(shape, case, dtype), shape
-    line = {"shape": shape, "case": case, "dtype": str(dtype)[6:], "floors_ms": {
-        k: 1e3 * v for k, v in least_seconds(b, d, L, n, args[0].element_size(), case == "all").items()}}
+    args, (b, d, L, n, _), gate = bench_arguments(shape, case, dtype), shape, case == "all"
+    floors = {k: 1e3 * v for k, v in least_seconds(b, d, L, n, args[0].element_size(), gate).items()}
+    line = {"shape": shape, "case": case, "dtype": str(dtype)[6:], "floors_ms": floors}
     for name, scan in (("ours", selective_scan_triton), ("mamba_ssm", peer)):
         if scan is not None:
             line[name] = {**time_scan(scan, args), "error": scan_error(scan, args)}
             seconds = line[name]["forward"][0] / 1e3
             line[name] |= {"exp_per_second": b * d * L * n / seconds,
-                           "of_the_floor": max(line["floors_ms"].values()) / 1e3 / seconds,
-                           "bytes_per_second": b * d * L * args[0].element_size() * (3 + (case == "all")) / seconds}
+                           "of_the_floor": max(floors.values()) / 1e3 / seconds,
+                           "bytes_per_second": b * d * L * args[0].element_size() * (3 + gate) / seconds}
     return line
 
 # %% ../../nbs/evaluation/kernels.ipynb #be1702ad
@@ -222,9 +223,9 @@ def bench_picture(shape, dtype, device="cuda"):
     u, delta, *args = bench_arguments((b, 4 * P, height * width, n, 4), "all", dtype, device)
     args[4] = None                                                       # no z: SS2D gates after the merge
     args = [u[:, :P].mT.contiguous().mT, delta.mT.contiguous().mT, *args]
+    forms = {"one_launch": scan_by_order, "copies": scan_by_copies}
     return {"shape": shape, "dtype": str(dtype)[6:],
-            "one_launch": time_scan(partial(scan_by_order, order=order), args),
-            "copies": time_scan(partial(scan_by_copies, order=order), args)}
+            **{name: time_scan(partial(form, order=order), args) for name, form in forms.items()}}
 
 # %% ../../nbs/evaluation/kernels.ipynb #652554bb
 def bench_kernels(shapes=None, cases=None, dtypes=(torch.bfloat16, torch.float32)):
@@ -233,10 +234,10 @@ def bench_kernels(shapes=None, cases=None, dtypes=(torch.bfloat16, torch.float32
     shapes: names from `KERNEL_SHAPES` and `PICTURES`; cases: from `CASES`; by default all. Returns a dict for a result
     file: `static`, and with a GPU `times` and `pictures` as of `time_scan`, `gpu` (its name and clocks), `mamba_ssm`
     (its version, or why it is not there). ValueError for other names."""
+    shapes, cases = shapes or [*KERNEL_SHAPES, *PICTURES], cases or [*CASES]
     known = KERNEL_SHAPES | PICTURES | CASES
-    for name in (*(shapes or ()), *(cases or ())):
-        if name not in known:
-            raise ValueError(f"bench_kernels: got {name!r}, need one of {', '.join(map(repr, known))}")
+    for name in (*shapes, *cases):
+        require(name in known, "bench_kernels", repr(name), f"one of {', '.join(map(repr, known))}")
     result = {"triton": triton.__version__, "static": [] if INTERPRETED else static_counts()}
     if torch.cuda.is_available():
         peer, result["mamba_ssm"] = _peer_scan()
@@ -244,9 +245,8 @@ def bench_kernels(shapes=None, cases=None, dtypes=(torch.bfloat16, torch.float32
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
         lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
         result["gpu"] = dict(zip(query.split(","), map(str.strip, lines[0].split(",")))) if lines else None
-        result["times"] = [{"name": name, **_compared(shape, case, dtype, peer)}
-                           for name, shape in KERNEL_SHAPES.items() for case in CASES for dtype in dtypes
-                           if name in (shapes or KERNEL_SHAPES) and case in (cases or CASES)]
-        result["pictures"] = [{"name": name, **bench_picture(shape, dtype)}
-                              for name, shape in PICTURES.items() for dtype in dtypes if name in (shapes or PICTURES)]
+        result["times"] = [{"name": name, **_compared(KERNEL_SHAPES[name], case, dtype, peer)}
+                           for name in KERNEL_SHAPES if name in shapes for case in cases for dtype in dtypes]
+        result["pictures"] = [{"name": name, **bench_picture(PICTURES[name], dtype)}
+                              for name in PICTURES if name in shapes for dtype in dtypes]
     return result

@@ -8,15 +8,15 @@ __all__ = ['segment_sum', 'per_head', 'recurrent_form', 'quadratic_form', 'split
            'ssd_chunked', 'ssd_backends', 'ssd']
 
 # %% ../../nbs/ops/04_ssd.ipynb #2dc56f9d
-import functools
 import importlib
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from .reference import require, scan_dtype
-from .selective_scan import without_cuda_package
+from .selective_scan import usable, without_cuda_package
 
 # %% ../../nbs/ops/04_ssd.ipynb #ac3f4fc2
 def segment_sum(a):
@@ -33,10 +33,7 @@ def per_head(B, H):
 
 
 def recurrent_form(X, a, B, C, h):
-    """SSD as a loop over time (Mamba-2, equation 1).
-
-    X (b, L, H, P), a (b, L, H), B, C (b, L, G, N), h (b, H, P, N) -> y like X, the last state like h
-    """
+    "SSD as a loop: X (b, L, H, P), a (b, L, H), B, C (b, L, G, N), h (b, H, P, N) -> y like X, the last state like h."
     B, C = per_head(B, X.shape[2]), per_head(C, X.shape[2])                  # (b, L, H, N)
     ys = []
     for X_t, a_t, B_t, C_t in zip(*(i.unbind(1) for i in (X, a, B, C))):
@@ -62,8 +59,7 @@ def quadratic_form(X, a, B, C, h):
 def split_sum(a):
     """The running sum of a (..., Q) in two parts: `high`, and `low`, the part that rounding to a's dtype took from it.
 
-    `low` has no gradient: it is a correction of `high`, not a second sum. It is None for float64 (nothing to correct
-    with) and where the device has no float64.
+    `low` has no gradient: it is a correction, not a second sum. It is None for float64, and without float64.
     """
     high = a.cumsum(-1)
     if a.dtype == torch.float64 or a.device.type == "mps":
@@ -89,10 +85,7 @@ def to_chunks(i, Q, G):
 
 
 def chunked_form(X, a, B, C, h, chunk_size=64, first=True, last=True):
-    """SSD in chunks of at most chunk_size steps (Mamba-2, section 6). Shapes as `recurrent_form`.
-
-    first: whether there is a first state other than zero; last: whether the last state is needed.
-    """
+    "SSD in chunks (Mamba-2, section 6). first: whether h is other than zero; last: whether the last state is needed."
     (b, L, H, P), (G, N) = X.shape, B.shape[2:]
     Q = math.ceil(L / math.ceil(L / chunk_size))                             # chunks of nearly equal length
     X = to_chunks(X, Q, G)                                                   # (b, c, Q, G, r, P)
@@ -142,21 +135,16 @@ def check_ssd_inputs(x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_state
 
 # %% ../../nbs/ops/04_ssd.ipynb #30d30adc
 def prepare_dt(dt, dt_bias=None, dt_softplus=False, dt_limit=(0., math.inf)):
-    """The step size of each head: bias, softplus and limits, in float32 (float64 for float64 inputs).
-
-    dt (..., H) of any float dtype, dt_bias (H,), dt_limit (smallest, largest), applied last -> (..., H)
-    """
+    "Step sizes dt (..., H) with bias (H,), softplus and limits (smallest, largest), in float32 (float64 for float64)."
     dt = dt.to(scan_dtype(dt.dtype))
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dt.dtype)
-    if dt_softplus:
-        dt = F.softplus(dt)
+    dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+    dt = F.softplus(dt) if dt_softplus else dt
     return dt if tuple(dt_limit) == (0., math.inf) else dt.clamp(*dt_limit)
 
 
 def run_form(form, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0., math.inf),
              initial_states=None, return_final_states=False):
-    "One of the forms with everything around it: arguments, results and errors of `ssd_chunked`."
+    "One of the forms with everything around it: arguments, results and errors of `ssd`."
     check_ssd_inputs(x, dt, A, B, C, D, z, dt_bias, initial_states)
     with torch.autocast(x.device.type, enabled=False):
         dtype = scan_dtype(x.dtype)
@@ -173,28 +161,21 @@ def run_form(form, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=Fal
 
 # %% ../../nbs/ops/04_ssd.ipynb #9fd48ae5
 def ssd_recurrent(x, dt, A, B, C, *, chunk_size=256, **options):
-    "SSD as a recurrence, step by step: arguments, results and errors of `ssd_chunked`; chunk_size is not used."
+    "SSD as a recurrence, step by step: arguments, results and errors of `ssd`; chunk_size is not used."
     return run_form(recurrent_form, x, dt, A, B, C, **options)
 
 
 def ssd_quadratic(x, dt, A, B, C, *, chunk_size=256, **options):
-    "SSD as one masked matrix per head: arguments, results and errors of `ssd_chunked`; chunk_size is not used."
+    "SSD as one masked matrix per head: arguments, results and errors of `ssd`; chunk_size is not used."
     return run_form(quadratic_form, x, dt, A, B, C, **options)
 
 
-def ssd_chunked(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=None, dt_softplus=False,
-                dt_limit=(0., math.inf), initial_states=None, return_final_states=False):
-    """SSD in chunks: masked matrices inside a chunk, a recurrence over chunks (arXiv 2405.21060, section 6).
-
-    x, z (b, L, H, P); dt (b, L, H); A (H,) negative; B, C (b, L, G, N); D (H,) or (H, P); dt_bias (H,);
-    initial_states (b, H, P, N); chunk_size: the most steps of a chunk. Returns y (b, L, H, P) in x's dtype and, with
-    `return_final_states`, the last states (b, H, P, N) in float32 or float64. Differentiable in all tensors, states
-    included. Raises `ValueError` for a wrong shape or a chunk_size below 1.
-    """
+def ssd_chunked(x, dt, A, B, C, *, chunk_size=256, **options):
+    "SSD in chunks of at most chunk_size steps (arXiv 2405.21060, section 6): arguments, results and errors of `ssd`."
     require(chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
-    first, last = initial_states is not None, return_final_states
-    form = functools.partial(chunked_form, chunk_size=chunk_size, first=first, last=last)
-    return run_form(form, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_states, return_final_states)
+    first, last = options.get("initial_states") is not None, options.get("return_final_states", False)
+    form = partial(chunked_form, chunk_size=chunk_size, first=first, last=last)
+    return run_form(form, x, dt, A, B, C, **options)
 
 # %% ../../nbs/ops/04_ssd.ipynb #5e6b3802
 #| code-fold: true
@@ -214,8 +195,7 @@ _SSD_BACKENDS = {           # name: (the form, a function that returns None or t
     "recurrent": (ssd_recurrent, lambda: None),
     "quadratic": (ssd_quadratic, lambda: None),
     "chunked": (ssd_chunked, lambda: None),
-    "mamba_ssm": (_ssd_mamba_ssm, functools.partial(without_cuda_package, "mamba_ssm.ops.triton.ssd_combined")),
-}
+    "mamba_ssm": (_ssd_mamba_ssm, partial(without_cuda_package, "mamba_ssm.ops.triton.ssd_combined"))}
 
 
 def ssd_backends():
@@ -225,16 +205,14 @@ def ssd_backends():
 
 def ssd(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0., math.inf),
         initial_states=None, return_final_states=False, backend="auto"):
-    """SSD by the form called `backend`, one of `ssd_backends()`; "auto" is "chunked".
+    """The map of Mamba-2's heads (arXiv 2405.21060): `h = exp(dt A) h + dt x B^T; y = h C + D x`, gated by `silu(z)`.
 
-    Shapes and results are those of `ssd_chunked`. Raises `ValueError` for arguments that do not fit and `RuntimeError`
-    for a backend that cannot run.
+    x, z (b, L, H, P); dt (b, L, H); A (H,) negative; B, C (b, L, G, N); D (H,) or (H, P); dt_bias (H,);
+    initial_states (b, H, P, N); chunk_size: the most steps of a chunk. Returns y (b, L, H, P) in x's dtype and, with
+    `return_final_states`, the last states (b, H, P, N) in float32 or float64. Differentiable in all tensors, states
+    included. `backend` is "auto" or one of `ssd_backends()`. Raises `ValueError` for arguments that do not fit and
+    `RuntimeError` for a backend that cannot run.
     """
-    name = "chunked" if backend == "auto" else backend
-    if name not in _SSD_BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, need 'auto' or one of {', '.join(map(repr, _SSD_BACKENDS))}")
-    form, reason = _SSD_BACKENDS[name]
-    if why := reason():
-        raise RuntimeError(f"backend {name!r} cannot run here: {why}")
+    form, _ = _SSD_BACKENDS[usable(backend, _SSD_BACKENDS, "chunked", "chunked")]
     return form(x, dt, A, B, C, chunk_size=chunk_size, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus,
                 dt_limit=dt_limit, initial_states=initial_states, return_final_states=return_final_states)
