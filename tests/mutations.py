@@ -50,7 +50,7 @@ MUTATIONS = (                                                        # (old text
     ("return torch.cat([paths, paths.flip(1)])", "return torch.cat([paths, paths.flip(0)])", "vss"),
     ("back = order.to(y.device).argsort(1) + L", "back = order.to(y.device) + L", "vss"),
     ("source = order.mT * S + torch.arange(K, device=order.device) % S", "source = order.mT * S", "vss"),
-    ("bias = None if first.out_proj.bias is None else K // S * sum(", "bias = None if first.out_proj.bias is None else sum(", "vss"),
+    ("return y if bias is None else y + (K // S - 1) * bias", "return y", "vss"),
     ("y = y.unflatten(2, (S, K // S)).sum(3) * F.silu(z)", "y = y.unflatten(2, (S, K // S)).mean(3) * F.silu(z)", "vss"),
     # connectors
     ("return self.mlp(self.norm(self.vss(tokens, size) + tokens))", "return self.mlp(self.norm(self.vss(tokens, size)))", "connector"),
