@@ -16,6 +16,7 @@ from torch import nn
 from ..layers.mamba import Mamba, causal_conv1d
 from ..ops.selective_scan import resolve, selective_scan
 from ..ops.reference import scan_dtype
+from ..vision.encoders import check_sizes
 
 # %% ../../nbs/connectors/10_vss.ipynb #d58172f9
 PATHS = {"rows": lambda grid: grid.flatten(),            # name -> function: patch numbers (height, width) -> path (L,)
@@ -25,7 +26,7 @@ SCANS = {"bsm": ["rows"], "csm": ["rows", "columns"]}    # name -> its paths; th
 
 def choose(argument, name, table):
     "The entry of a dict, or the name itself if it is one of some names; a `ValueError` names the argument otherwise."
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"{argument}: got {name!r}, need one of {sorted(table)}")
     return table[name] if isinstance(table, dict) else name
 
@@ -121,9 +122,14 @@ def _kept_order(height, width, kind, device):
 
 
 def check_tokens(x, size, dim, name="x"):
-    "Raises one `ValueError` unless `name` is a (b, height × width, dim) tensor for size = (height, width)."
+    "Raises one `ValueError` unless size is a grid (height, width) and `name` a float (b, height × width, dim) for it."
+    right = isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, (int, torch.SymInt)) for n in size)
+    if not right or min(size) < 1:
+        raise ValueError(f"size: got {size!r}, need (height, width), whole numbers of at least 1")
     height, width = size
-    if x.ndim != 3 or tuple(x.shape[1:]) != (height * width, dim):
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: got {x.dtype}, need floating point")
+    if x.ndim != 3 or tuple(x.shape[1:]) != (height * width, dim) or x.shape[0] < 1:
         need = f"(batch, {height} * {width}, {dim}) for the grid {height} x {width}"
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, need {need}")
 
@@ -137,6 +143,7 @@ class VSS(nn.Module):
         super().__init__()
         if mixer != "mamba" and not callable(mixer):
             raise ValueError(f"mixer: got {mixer!r}, need 'mamba' or a function of (dim, **mixer_args)")
+        check_sizes(dim=dim)
         self.dim, self.scan, self.shared, self.merge = dim, scan, shared, choose("merge", merge, ("sum", "mean"))
         self.K, make = 2 * len(choose("scan", scan, SCANS)), Mamba if mixer == "mamba" else mixer
         self.mixers = nn.ModuleList(make(dim, **mixer_args) for _ in range(1 if shared else self.K))
