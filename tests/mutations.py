@@ -41,7 +41,8 @@ MUTATIONS = (                                                        # (old text
     ("y, h = form(X * dt[..., None], dt * A, B, C, h)", "y, h = form(X, dt * A, B, C, h)", "ssd"),
     ("future = high.new_full(S.shape[-2:], -math.inf).triu(1)", "future = high.new_full(S.shape[-2:], -math.inf).triu(0)", "ssd"),
     # the blocks
-    ("g_seen[:, k+1:k+1+L].addcmul_(g, taps[k])", "g_seen[:, k:k+L].addcmul_(g, taps[k])", "mamba blocks"),
+    ("y = sum(seen[:, k + 1:k + 1 + L] * taps[k]", "y = sum(seen[:, k:k + L] * taps[k]", "mamba blocks"),
+    ("return gseen, gtaps.sum(0), None if bias is None", "return gseen, gtaps.mean(0), None if bias is None", "mamba blocks"),
     ("window = torch.cat([window[..., 1:], x_t[..., None]", "window = torch.cat([window[..., :-1], x_t[..., None]", "mamba blocks"),
     ("at = lengths[:, None] + torch.arange(K, device=seen.device)", "at = lengths[:, None] - 1 + torch.arange(K, device=seen.device)", "blocks"),
     ("no_weight_decay(self.A_log, self.D)", "no_weight_decay(self.A_log)", "mamba training"),
@@ -60,10 +61,10 @@ MUTATIONS = (                                                        # (old text
     ("y = y.sum(1) * F.silu(z) if self.norm is None", "y = y.sum(1) if self.norm is None", "msc"),
     # masks, loss, sampling
     ("return labels.masked_fill(~(mask & before), -100)", "return labels.masked_fill(~mask, -100)", "language_model"),
-    ("logits, labels = logits[:, :-1], labels[:, 1:]", "logits, labels = logits[:, 1:], labels[:, :-1]", "language_model"),
+    ("F.pad(labels[:, 1:], (0, 1), value=-100)", "F.pad(labels[:, :-1], (1, 0), value=-100)", "language_model"),
     ("projection.weight /= math.sqrt(len(last) * config.n_layer)", "projection.weight /= math.sqrt(config.n_layer)", "language_model"),
     ("p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)", "p = p.masked_fill(p.cumsum(-1) >= top_p, 0)", "language_model"),
-    ("part.repeat_interleave(times, 0) for part in s", "part.repeat(times, *[1] * (part.ndim - 1)) for part in s", "language_model model"),
+    ("return [type(s)(*(part[rows] for part in s)) for s in state]", "return [type(s)(*(part[rows[:1]] for part in s)) for s in state]", "language_model model"),
     ("ids = input_ids if mask is None else input_ids.masked_fill(~mask, vocab_size)", "ids = input_ids", "language_model"),
     # batches
     ("starts = [[n if t == 0 else -1 for n in line", "starts = [[n for n in line", "data_batches"),

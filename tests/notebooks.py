@@ -13,6 +13,8 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.process import NBProcessor
 
+from vlmamba_lite.ops.cpp import fused_library, without_compiler
+
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")     # a bar is drawn on the first reading of a file, and only then
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = get_config(path=ROOT)
@@ -44,6 +46,8 @@ def run_notebook(path, quick=True):
         return (cell.cell_type != "code" or "nbdev_export(" in cell.source
                 or here.get("eval:", [""])[0].lower() == "false" or skip & here.keys())
 
+    if without_compiler() is None:
+        fused_library()                                 # built before, so that no output says that it is
     for cell in nb.cells:
         if cell.cell_type == "code" and not no_run(cell):
             cell["outputs"] = []                        # a cell that prints nothing any more must not keep its old output

@@ -5,9 +5,11 @@ import types
 import pytest
 import torch
 from scan_cases import OURS, cast, draw
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import vlmamba_lite.ops.selective_scan as scan_module
-from vlmamba_lite.ops.selective_scan import backends, selective_scan
+from vlmamba_lite.ops.selective_scan import backends, resolve, selective_scan
 from vlmamba_lite.ops.chunked import selective_scan_chunked
 from vlmamba_lite.ops.reference import check_scan_inputs
 
@@ -118,6 +120,25 @@ def test_mamba_ssm_that_does_not_import(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "selective_scan_cuda", None)
     assert backends()["mamba_ssm"].startswith("mamba_ssm does not import (ModuleNotFoundError: ")
+
+
+def test_auto_on_a_cpu_is_the_compiled_scan(monkeypatch):
+    "Where there is a compiler, and nothing looks on that would have to see each operation."
+    u, A = torch.ones(1, 1, 1), torch.ones(1, 2)
+    monkeypatch.setitem(scan_module._BACKENDS, "cpp", (None, lambda: None))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert resolve("auto", u.to(dtype), A) == resolve("auto", torch.nn.Parameter(u.to(dtype)), A) == "cpp"
+    with FlopCounterMode(display=False):
+        assert resolve("auto", u, A) == "chunked"
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(u)
+    for watched in (fake, u.to("meta"), u.as_subclass(type("Traced", (torch.Tensor,), {}))):
+        assert resolve("auto", watched, A) == "chunked"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert resolve("auto", u, A) == "chunked"
+    monkeypatch.undo()
+    monkeypatch.setitem(scan_module._BACKENDS, "cpp", (None, lambda: "no compiler"))
+    assert resolve("auto", u, A) == "chunked"
 
 
 class Stub:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from measures import cuda
 
 pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
@@ -24,6 +25,13 @@ def python(*command, folder, **variables):
 def test_interpreted(tmp_path):
     out = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "triton_interpreted.py", folder=tmp_path, TRITON_INTERPRET="1")
     assert " passed" in out and "skipped" not in out and "failed" not in out
+
+
+@cuda
+def test_on_the_gpu(tmp_path):
+    "The same tests, compiled, on the GPU: eight processes, because each of them compiles."
+    out = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "-n", "8", "triton_interpreted.py", folder=tmp_path)
+    assert " passed" in out and "failed" not in out
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +117,7 @@ def test_the_door_takes_triton_for_cuda_tensors(monkeypatch):
 
     monkeypatch.setattr(module, "_without_triton", lambda: None)
     assert choice() == choice(torch.bfloat16) == "triton"
-    assert choice(torch.float64) == choice(n=257) == module.resolve("auto", torch.ones(1, 1, 1), torch.ones(1, 16)) == "chunked"
+    assert choice(torch.float64) == choice(n=257) == "chunked" and module.resolve("auto", torch.ones(1, 1, 1), torch.ones(1, 16)) != "triton"
     monkeypatch.setattr(module, "_without_triton", lambda: "no")
     assert choice() == "chunked"
 
