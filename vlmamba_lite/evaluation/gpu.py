@@ -38,8 +38,8 @@ class Part(NamedTuple):
 TESTS = f"pytest -q -p no:cacheprovider -m cuda {shlex.quote(str(ROOT / 'tests'))}"
 PARTS = {
     "tests": Part(2.5, f"{TESTS} -n 8", f"{TESTS}/test_scan_peers.py -n 0"),
-    "kernels": Part(2, "vlmamba_lite.cli bench kernels --case all --shape 7b --shape 130m --shape ssd --shape convolution "
-                       "--shape 'vlm prefill, one row' --shape 'picture 27 x 27' --output {out}",
+    "kernels": Part(2, "vlmamba_lite.cli bench kernels --case all --shape 7b --shape 130m --shape ssd "
+                       "--shape convolution --shape 'vlm prefill, one row' --shape 'picture 27 x 27' --output {out}",
                     "vlmamba_lite.cli bench kernels --case all --shape tiny --shape 'tiny picture' --shape 'tiny ssd' "
                     "--shape 'tiny convolution' --output {out}"),
     "lite": Part(1, "vlmamba_lite.cli train --preset lite --device cuda --output {folder}",
