@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from measures import rms_error
 from torch.testing import assert_close
 
+from vlmamba_lite.layers import mamba
 from vlmamba_lite.layers.mamba import (
     Mamba,
     MambaState,
     causal_conv1d,
+    conv_backends,
     conv_step,
     init_dt_bias,
     next_window,
@@ -20,17 +22,21 @@ from vlmamba_lite.layers.mamba import (
 )
 
 
+CONVS = [name for name, reason in conv_backends().items() if reason is None]
+
+
 # --- the convolution ---
 
 @settings(deadline=None, max_examples=20, derandomize=True)
-@given(L=st.integers(1, 9), K=st.integers(1, 5), D=st.integers(1, 4), bias=st.booleans(), cut=st.integers(0, 9))
-def test_conv_is_pytorchs_and_can_be_cut(L, K, D, bias, cut):
+@given(L=st.integers(1, 9), K=st.integers(1, 5), D=st.integers(1, 4), bias=st.booleans(), cut=st.integers(0, 9), backend=st.sampled_from(CONVS))
+def test_conv_is_pytorchs_and_can_be_cut(L, K, D, bias, cut, backend):
     torch.manual_seed(L * K + D)
     x, w, b = torch.randn(2, L, D, dtype=torch.float64), torch.randn(D, 1, K).double(), torch.randn(D).double() if bias else None
     before = torch.randn(2, D, K).double()
-    y, seen = causal_conv1d(x, w, b, before)
+    y, seen = causal_conv1d(x, w, b, before, backend)
     assert_close(y, F.conv1d(torch.cat([before, x.mT], 2), w, b, groups=D)[..., 1:].mT)
-    assert_close(causal_conv1d(x, w, b)[0], F.conv1d(x.mT, w, b, padding=K - 1, groups=D)[..., :L].mT)
+    assert_close(causal_conv1d(x, w, b, before, backend, silu=True)[0], F.silu(y))
+    assert_close(causal_conv1d(x, w, b, backend=backend)[0], F.conv1d(x.mT, w, b, padding=K - 1, groups=D)[..., :L].mT)
     window, ys = before, []
     for t in range(L):
         y_t, window = conv_step(x[:, t], window, w, b)
@@ -38,21 +44,61 @@ def test_conv_is_pytorchs_and_can_be_cut(L, K, D, bias, cut):
     assert_close(torch.stack(ys, 1), y)
     assert_close(next_window(seen, K), window)
     if 0 < cut < L:
-        first, seen = causal_conv1d(x[:, :cut], w, b, before)
-        assert_close(torch.cat([first, causal_conv1d(x[:, cut:], w, b, next_window(seen, K))[0]], 1), y)
+        first, seen = causal_conv1d(x[:, :cut], w, b, before, backend)
+        assert_close(torch.cat([first, causal_conv1d(x[:, cut:], w, b, next_window(seen, K), backend)[0]], 1), y)
 
 
-def test_convolution_has_no_second_gradient():
+@pytest.mark.skipif("cpp" not in CONVS, reason="needs a C++ compiler")
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("L, K, D, bias", [(1, 4, 3, True), (37, 4, 64, True), (9, 1, 65, False), (5, 7, 200, True)])
+def test_conv_in_cpp_is_the_sums_values_and_gradients(L, K, D, bias, silu):
+    "Blocks of channels that are whole and that are not, sequences shorter than the taps; float32 as near to float64 as the sums are."
+    torch.manual_seed(L)
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, L, D), (D, 1, K), (D,), (3, D, K))]
+    def all_of(backend, dtype):
+        x, w, b, before = (i.to(dtype) for i in inputs)
+        y, _ = causal_conv1d(x, w, b if bias else None, before, backend, silu)
+        g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        return y, *torch.autograd.grad(y, [i for i in inputs if bias or i.ndim > 1], g)
+    want = all_of("shifted_sums", torch.float64)
+    for got, expected in zip(all_of("cpp", torch.float64), want, strict=True):
+        assert rms_error(got, expected) < 1e-13
+    for got, sums, expected in zip(all_of("cpp", torch.float32), all_of("shifted_sums", torch.float32), want, strict=True):
+        assert rms_error(got, expected) < 2 * rms_error(sums, expected) + 2e-7
+
+
+def test_auto_convolves_with_what_can_run(monkeypatch):
+    called = []
+    def note(name, works):
+        monkeypatch.setitem(mamba._CONV_BACKENDS, name, (lambda seen, *_: called.append(name) or seen[:, 2:], lambda: None if works else "no"))
+    x, w = torch.randn(1, 5, 2), torch.randn(2, 1, 2)
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+    for works in (True, False):
+        for name in ("cpp", "causal_conv1d"):
+            note(name, works)
+        note("shifted_sums", True)
+        for i in (x, x.as_subclass(OnCuda), x.to("meta")):
+            causal_conv1d(i, w.to(i.device))
+    assert called == ["cpp", "causal_conv1d", "shifted_sums", *3 * ["shifted_sums"]]
+
+
+def test_convolution_in_cpp_has_no_second_gradient():
     x, w = torch.randn(1, 5, 2, requires_grad=True), torch.randn(2, 1, 3, requires_grad=True)
-    first, = torch.autograd.grad(causal_conv1d(x, w)[0].sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="ShiftedSums: its gradient can be taken once, not twice"):
-        torch.autograd.grad(first.sum(), w)
+    for backend in CONVS:
+        first, = torch.autograd.grad(causal_conv1d(x, w, backend=backend)[0].sum(), x, create_graph=True)
+        if backend == "cpp":
+            with pytest.raises(RuntimeError, match="FusedConv: its gradient can be taken once, not twice"):
+                torch.autograd.grad(first.sum(), w)
+        else:
+            assert torch.autograd.grad(first.sum(), w)[0].abs().sum() > 0
 
 
-def test_conv_sums_in_float32_and_windows_are_copies():
+@pytest.mark.parametrize("backend", CONVS)
+def test_conv_sums_in_float32_and_windows_are_copies(backend):
     x, w = torch.randn(2, 50, 3), torch.randn(3, 1, 4)
-    half, _ = causal_conv1d(x.bfloat16(), w.bfloat16())
-    want, seen = causal_conv1d(x.bfloat16().float(), w.bfloat16().float())
+    half, _ = causal_conv1d(x.bfloat16(), w.bfloat16(), backend=backend)
+    want, seen = causal_conv1d(x.bfloat16().float(), w.bfloat16().float(), backend=backend)
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, want.bfloat16())                                # one rounding, at the end
     step, _ = conv_step(x[:, 0].bfloat16(), torch.zeros(2, 3, 4), w.bfloat16())

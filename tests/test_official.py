@@ -215,11 +215,11 @@ def test_ssd_of_mamba_ssm_gets_what_it_wants(monkeypatch):
 def test_conv_of_causal_conv1d(official, monkeypatch, make, K):
     "The block through the official reference in place of the kernel: the same sequence, whole and in two pieces."
     peer = official("causal_conv1d", "causal_conv1d_interface")
-    def kernel(x, weight, bias=None, initial_states=None):
+    def kernel(x, weight, bias=None, initial_states=None, activation=None):
         assert x.stride(1) == 1 and (initial_states is None or initial_states.stride(1) == 1)      # channels side by side
-        return peer.causal_conv1d_ref(x, weight, bias, initial_states=initial_states)
+        return peer.causal_conv1d_ref(x, weight, bias, initial_states=initial_states, activation=activation)
     sys.modules["causal_conv1d"].causal_conv1d_fn = kernel
-    monkeypatch.setattr(mamba, "conv_backends", lambda: {"causal_conv1d": None})
+    monkeypatch.setitem(mamba._CONV_BACKENDS, "causal_conv1d", (mamba._official_conv, lambda: None))
     torch.manual_seed(0)
     ours = make(16, d_state=4, d_conv=K)
     theirs = make(16, d_state=4, d_conv=K, conv_backend="causal_conv1d")

@@ -1,7 +1,8 @@
 """The fused C++ scan: widths that do not fill its lanes, threads, its exponential, and how it is built."""
-import ctypes
+import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -129,10 +130,29 @@ def test_no_compiler(monkeypatch):
 
 
 def test_the_structure_has_the_kernels_fields():
-    "Sixteen pointers and eleven numbers, as in the C++ `Scan`."
-    assert ctypes.sizeof(cpp._Scan) == 8 * (16 + 11)
-    for name, _ in cpp._Scan._fields_:
-        assert name in cpp.KERNEL.partition("struct Scan {")[2].partition("};")[0]
+    "The tensors stand in the order of the C++ `Scan`."
+    fields = re.sub(r"//.*|const|F |[*]", "", cpp.KERNEL.partition("struct Scan {")[2].partition("int64_t")[0])
+    assert re.findall(r"\w+", fields) == cpp._SCAN
+
+
+@pytest.mark.parametrize("damage", [lambda code: code[:len(code) // 2], lambda code: b"", lambda code: code[:5000] + b"x" + code[5001:]])
+def test_a_damaged_library_is_built_anew(small_kernel, tmp_path, capfd, damage):
+    assert small_kernel().seven() == 7
+    assert "builds its C++ kernels, once for this machine" in capfd.readouterr().err
+    path, = (tmp_path / "vlmamba_lite").iterdir()
+    whole = path.read_bytes()
+    assert small_kernel().seven() == 7 and not capfd.readouterr().err                # it is there, and nothing is said
+    path.unlink()                                                                    # the one that is loaded stays as it is
+    path.write_bytes(damage(whole))
+    assert small_kernel().seven() == 7 and path.read_bytes() == whole
+    assert "builds" in capfd.readouterr().err
+
+
+def test_a_home_that_cannot_be_written(small_kernel, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert small_kernel().seven() == 7
 
 
 def test_tensors_elsewhere():

@@ -125,7 +125,7 @@ def test_mamba_ssm_that_does_not_import(monkeypatch):
 def test_auto_on_a_cpu_is_the_compiled_scan(monkeypatch):
     "Where there is a compiler, and nothing looks on that would have to see each operation."
     u, A = torch.ones(1, 1, 1), torch.ones(1, 2)
-    monkeypatch.setattr(scan_module, "without_compiler", lambda: None)
+    monkeypatch.setitem(scan_module._BACKENDS, "cpp", (None, lambda: None))
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         assert resolve("auto", u.to(dtype), A) == resolve("auto", torch.nn.Parameter(u.to(dtype)), A) == "cpp"
     with FlopCounterMode(display=False):
@@ -137,7 +137,7 @@ def test_auto_on_a_cpu_is_the_compiled_scan(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert resolve("auto", u, A) == "chunked"
     monkeypatch.undo()
-    monkeypatch.setattr(scan_module, "without_compiler", lambda: "no compiler")
+    monkeypatch.setitem(scan_module._BACKENDS, "cpp", (None, lambda: "no compiler"))
     assert resolve("auto", u, A) == "chunked"
 
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mamba import (causal_conv1d, check_block_inputs, conv_step, init_dt_bias, next_window, no_weight_decay,
-                                       pack_tokens, unpack_tokens)
-from ..ops.reference import scan_dtype
+from .mamba import (causal_conv1d, check_block_inputs, conv_step, init_dt_bias, next_window,
+                                       no_weight_decay, pack_tokens, unpack_tokens)
+from ..ops.reference import require, scan_dtype
 from ..ops.ssd import per_head, prepare_dt, ssd
 
 # %% ../../nbs/layers/06_mamba2.ipynb #e3d558be
@@ -24,8 +24,7 @@ class GatedRMSNorm(nn.Module):
 
     def __init__(self, dim, groups=1, norm_before_gate=False, eps=1e-5):
         super().__init__()
-        if dim % groups:
-            raise ValueError(f"groups: got {groups}, need a divisor of dim = {dim}")
+        require(dim % groups == 0, "groups", groups, f"a divisor of dim = {dim}")
         self.weight = nn.Parameter(torch.ones(dim))
         self.groups, self.norm_before_gate, self.eps = groups, norm_before_gate, eps
 
@@ -44,15 +43,12 @@ class Mamba2State(NamedTuple):
     conv: Tensor
     ssm: Tensor
 
-# %% ../../nbs/layers/06_mamba2.ipynb #0c3008c9
-#| code-fold: true
+
 def split_sizes(d_inner, headdim, ngroups):
     "The number of heads. Raises `ValueError` unless heads divide the channels, and groups the heads."
-    if headdim < 1 or d_inner % headdim:
-        raise ValueError(f"headdim: got {headdim}, need a divisor of d_inner = {d_inner}")
+    require(headdim >= 1 and d_inner % headdim == 0, "headdim", headdim, f"a divisor of d_inner = {d_inner}")
     nheads = d_inner // headdim
-    if ngroups < 1 or nheads % ngroups:
-        raise ValueError(f"ngroups: got {ngroups}, need a divisor of nheads = {nheads}")
+    require(ngroups >= 1 and nheads % ngroups == 0, "ngroups", ngroups, f"a divisor of nheads = {nheads}")
     return nheads
 
 # %% ../../nbs/layers/06_mamba2.ipynb #ed7ae905
@@ -116,8 +112,8 @@ class Mamba2(nn.Module):
             x, mask, order = pack_tokens(x, mask)
         z, xBC, dt = self.project(x)
         window, h = state or (None, None)
-        xBC, seen = causal_conv1d(xBC, self.conv1d.weight, self.conv1d.bias, window, self.conv_backend)
-        u, B, C = self.split_heads(F.silu(xBC))                              # (b, L, H, P), (b, L, G, N) twice
+        xBC, seen = causal_conv1d(xBC, self.conv1d.weight, self.conv1d.bias, window, self.conv_backend, silu=True)
+        u, B, C = self.split_heads(xBC)                                      # (b, L, H, P), (b, L, G, N) twice
         A, D, dt = self.constants(dt)
         if mask is not None:
             dt = dt * mask[..., None]                                        # at a pad the scan stands still

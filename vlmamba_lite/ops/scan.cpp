@@ -45,8 +45,9 @@ template <class F> struct Scan {
     const F *gy;                            // the gradient of y; then the gradients that are asked for, of
     F *gu, *gdt, *gA, *gB, *gC, *gD;        // u, dt, A (R, G, N, P), B, C (parts, L, R, G, N) or (R, G, N, P),
                                             // D (R, G P)
-    int64_t L, R, G, N, P, T, parts, threads;
+    int64_t L, R, G, N, P, T, parts;
     int64_t row, channel, step;             // strides of u, dt, y and their gradients
+    int64_t kb, kc, threads;                // whether B and C are constant
 };
 
 // One row, one group, a share of its blocks of 16 channels. KB and KC say whether B and C are constant: the
@@ -244,21 +245,21 @@ template <class F, bool KB, bool KC> struct Worker {
 };
 
 // A worker for each row, group and part, spread over the threads.
-template <class F, bool KB, bool KC> void each(const Scan<F>& s, bool backward) {
+template <class F, bool KB, bool KC> void each(const Scan<F>& s) {
     #pragma omp parallel for collapse(3) num_threads(s.threads)
     for (int64_t b = 0; b < s.R; b++)
         for (int64_t g = 0; g < s.G; g++)
             for (int64_t part = 0; part < s.parts; part++) {
                 Worker<F, KB, KC> worker(s, b, g, part);
-                backward ? worker.backward() : worker.forward();
+                s.gy ? worker.backward() : worker.forward();
             }
 }
 
-template <class F> void run(const Scan<F>& s, bool backward, bool kb, bool kc) {
-    if (kb) (kc ? each<F, true, true> : each<F, true, false>)(s, backward);
-    else (kc ? each<F, false, true> : each<F, false, false>)(s, backward);
+template <class F> void scan(const Scan<F>& s) {
+    if (s.kb) (s.kc ? each<F, true, true> : each<F, true, false>)(s);
+    else (s.kc ? each<F, false, true> : each<F, false, false>)(s);
 }
 
 // The two entries for Python.
-extern "C" void scan_float32(const Scan<float>* s, bool backward, bool kb, bool kc) { run(*s, backward, kb, kc); }
-extern "C" void scan_float64(const Scan<double>* s, bool backward, bool kb, bool kc) { run(*s, backward, kb, kc); }
+extern "C" void scan_float32(const Scan<float>* s) { scan(*s); }
+extern "C" void scan_float64(const Scan<double>* s) { scan(*s); }
