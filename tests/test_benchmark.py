@@ -251,7 +251,7 @@ def test_what_cannot_be_measured_is_said():
 def test_a_part_that_fails_does_not_stop_the_rest(tmp_path):
     "On the CPU with the smallest stand-in, a part that fails and one that never ends, which takes no time from those after it."
     parts = {"fails": gpu.Part(0.05, "", "no_such_module"), "stuck": gpu.Part(0.05, "", "http.server --bind 127.0.0.1 0"),
-             "generation": gpu.PARTS["generation"], "left out": gpu.Part(1, "", "this")}
+             "generation": gpu.GPU_PARTS["generation"], "left out": gpu.Part(1, "", "this")}
     seen = []
     result = gpu.bench_gpu(tmp_path / "new", 4, ["fails", "stuck", "generation"], "cpu", parts, seen.append)
     rows = json.loads((tmp_path / "new" / "gpu.json").read_text())["parts"]
