@@ -98,10 +98,11 @@ def add_bench(name, usual, text):
             console.print(f"{cost['questions']} questions a picture: {cost['ratio']:.2f}x cheaper, "
                           f"{cost['once_cpu_seconds']:.3f} CPU s a step")
         for row in result.get("llama", []):
-            ours, theirs, limit = row["ours"], row["llama.cpp"], row["limit_tokens_per_second"]
+            ours, theirs = row["ours"], row["llama.cpp"]
+            share = ours["tokens_per_second"] / row["limit_tokens_per_second"]
             ratios = [ours[k] / theirs[k] for k in ("prompt_tokens_per_second", "tokens_per_second")]
             console.print(f"{row['model']}, {row['threads']} threads: reads {ratios[0]:.2f}x and writes "
-                          f"{ratios[1]:.2f}x as fast as llama.cpp, at {100 * ours['tokens_per_second'] / limit:.0f} % of the limit")
+                          f"{ratios[1]:.2f}x as fast as llama.cpp, at {100 * share:.0f} % of the limit")
         if "times_faster" in result:
             console.print(f"the loader is {result['times_faster']}x faster than training")
         if name == "kernels":
