@@ -56,8 +56,8 @@ def run_bench(name, threads, settings):
             raise ValueError("bench kernels needs triton, which is not installed")
         result = import_module("vlmamba_lite.evaluation.kernels").bench_kernels(settings["shape"], settings["case"])
         return result, f"kernels_{'gpu' if 'times' in result else 'static'}"
-    module = "llama" if name == "llama" else "benchmarks"
-    measure = getattr(import_module(f"vlmamba_lite.evaluation.{module}"), f"bench_{name}")
+    from vlmamba_lite.evaluation import benchmarks, llama
+    measure = getattr(llama if name == "llama" else benchmarks, f"bench_{name}")
     settings = {option: value for option, value in settings.items() if value is not None}
     if name not in ("prefix", "loader"):
         return measure(**settings), f"bench_{name}"
