@@ -57,7 +57,7 @@ MUTATIONS = (                                                        # (old text
     ("return self.linear2(self.norm(self.vss(F.gelu(v), size) + v))", "return self.linear2(self.norm(self.vss(v, size) + v))", "connector"),
     ("return self.w3(F.silu(self.w1(x)) * self.w2(x))", "return self.w3(F.silu(self.w2(x)) * self.w1(x))", "msc"),
     ("return self.swiglu(x + self.mvss(self.norm(x), size))", "return self.swiglu(x + self.mvss(x, size))", "msc"),
-    ("return self.out_proj(y / K if self.merge == \"mean\" else y)", "return self.out_proj(y)", "msc"),
+    ("return self.out_proj(y / self.K if self.merge == \"mean\" else y)", "return self.out_proj(y)", "msc"),
     ("y = y.sum(1) * F.silu(z) if self.norm is None", "y = y.sum(1) if self.norm is None", "msc"),
     # masks, loss, sampling
     ("return labels.masked_fill(~(mask & before), -100)", "return labels.masked_fill(~mask, -100)", "language_model"),
