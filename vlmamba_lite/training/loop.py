@@ -54,7 +54,7 @@ def train_step(learner, optimizers, batches, lr, clip, processes):
 def train_stage(run, stage, done=0):
     "The steps of a stage from `done` on, to its end or until someone asks to stop; returns the steps done."
     checks = stage.checks()
-    data = micro_batches(run.sources[stage.name], stage, run.processes.count, run.processes.rank, done, run.workers)
+    data = micro_batches(run.sources[stage.name], stage, run.processes.count, run.processes.rank, done, **run.loading)
     while done < stage.steps and not run.stopping():
         with run.watch:                                                # CPU and wall seconds, without validation
             batches = next(data)                                       # the micro-batches of this process
@@ -88,13 +88,13 @@ def accumulation(stage, processes=1):
     return parts
 
 
-def micro_batches(source, stage, processes=1, process=0, start=0, workers=0):
+def micro_batches(source, stage, processes=1, process=0, start=0, workers=0, pin=False):
     "Yields, for each step from `start` on, the micro-batches of one process. source: `Batches` or `VQABatches`."
     each = accumulation(stage, processes)
     parts = each * processes                                           # source[step * parts + part]: a part of a batch
     source = replace(source, batch_size=stage.batch_size, parts=parts)
     mine = range(start * parts + process, stage.steps * parts, processes)
-    loader = iter(DataLoader(source, batch_size=None, sampler=mine, num_workers=workers))
+    loader = iter(DataLoader(source, batch_size=None, sampler=mine, num_workers=workers, pin_memory=pin))
     yield from ([next(loader) for _ in range(each)] for _ in range(start, stage.steps))
 
 # %% ../../nbs/training/17_loop.ipynb #e4cd4ea6
@@ -126,14 +126,15 @@ class Learner(nn.Module):
 
 # %% ../../nbs/training/17_loop.ipynb #b0b5acf7
 def train(model, stages, sources, folder=None, seed=0, evaluate=None, resume=False, on_step=None, on_check=None,
-          log_every=10, parallel="auto", trackers=(), workers=0, best=None):
+          log_every=10, parallel="auto", trackers=(), workers=None, best=None):
     """Trains a `VLMamba` by stages (VL-Mamba, section 4.1), to the end or Ctrl-C; returns (steps, {cpu, wall} seconds).
     sources: {stage name: source}, source[step] -> Batch. folder: for checkpoints, log and model; None writes nothing.
     evaluate(model) -> {name: score}, on_step(`StepReport`) and on_check(step, scores) are called in process 0.
     parallel: "auto" (several processes: "ddp"), "ddp" or "fsdp". best: the score that decides, by default the first;
     "loss..." counts down. resume: True, or "changed" to go on although data, model or options are not those it began
-    with. Raises a `ValueError` for an argument that does not fit, a `FloatingPointError` with the batch saved, a
-    `RuntimeError` where a frozen tensor moved, an `OSError` for a full disk."""
+    with. workers: processes that prepare batches, by default 2 beside a GPU, none beside a CPU. Raises a `ValueError`
+    for an argument that does not fit, a `FloatingPointError` with the batch saved, a `RuntimeError` where a frozen
+    tensor moved, an `OSError` for a full disk."""
     folder = None if folder is None else Path(folder)
     processes = Processes(model.device, parallel)
     check_run(stages, sources, folder, resume, processes.parallel)

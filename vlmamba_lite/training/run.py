@@ -70,13 +70,14 @@ class Run:
     on_step: object = None
     on_check: object = None
     log_every: int = 10
-    workers: int = 0
+    workers: int | None = None
     best: str | None = None
 
     def __post_init__(self):
         self.stop = self.log = self.ema = self.learner = None
         self.step = self.began = 0                             # steps done, and those of the stages before this one
-        self.model, self.watch = self.core.model, Stopwatch()
+        self.model, self.watch, self.gpu = self.core.model, Stopwatch(), self.processes.device.type == "cuda"
+        self.loading = dict(workers=2 * self.gpu if self.workers is None else self.workers, pin=self.gpu)
         self.kinds = parameter_kinds(self.model)               # before sharding replaces the parameters
         self.total = sum(stage.steps for stage in self.stages)
         self.recent = deque([(time.perf_counter(), 0)], maxlen=11)       # when the last steps ended, their tokens
@@ -156,10 +157,10 @@ class Run:
             return
         self.recent.append((time.perf_counter(), tokens))
         seconds = max(self.recent[-1][0] - self.recent[0][0], 1e-9)
-        memory, gpu = psutil.Process().memory_info().rss, self.model.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated() if self.gpu else psutil.Process().memory_info().rss
         report = StepReport(self.step, self.total, stage.name, done, stage.steps, loss, lr,
                             tokens_per_second=round(sum(n for _, n in list(self.recent)[1:]) / seconds, 1),
-                            memory_bytes=torch.cuda.max_memory_allocated() if gpu else memory,
+                            memory_bytes=memory,
                             seconds_left=seconds / (len(self.recent) - 1) * (self.total - self.step))
         if self.step % self.log_every == 0 or done in stage.checks():
             shown = dict(loss=loss, lr=lr, tokens_per_second=report.tokens_per_second, memory_bytes=report.memory_bytes)
