@@ -57,14 +57,14 @@ MUTATIONS = (                                                        # (old text
     ("return self.linear2(self.norm(self.vss(F.gelu(v), size) + v))", "return self.linear2(self.norm(self.vss(v, size) + v))", "connector"),
     ("return self.w3(F.silu(self.w1(x)) * self.w2(x))", "return self.w3(F.silu(self.w2(x)) * self.w1(x))", "msc"),
     ("return self.swiglu(x + self.mvss(self.norm(x), size))", "return self.swiglu(x + self.mvss(x, size))", "msc"),
-    ("return self.out_proj(y / K if self.merge == \"mean\" else y)", "return self.out_proj(y)", "msc"),
+    ("return self.out_proj(y / self.K if self.merge == \"mean\" else y)", "return self.out_proj(y)", "msc"),
     ("y = y.sum(1) * F.silu(z) if self.norm is None", "y = y.sum(1) if self.norm is None", "msc"),
     # masks, loss, sampling
     ("return labels.masked_fill(~(mask & before), -100)", "return labels.masked_fill(~mask, -100)", "language_model"),
-    ("logits, labels = logits[:, :-1], labels[:, 1:]", "logits, labels = logits[:, 1:], labels[:, :-1]", "language_model"),
+    ("F.pad(labels[:, 1:], (0, 1), value=-100)", "F.pad(labels[:, :-1], (1, 0), value=-100)", "language_model"),
     ("projection.weight /= math.sqrt(len(last) * config.n_layer)", "projection.weight /= math.sqrt(config.n_layer)", "language_model"),
     ("p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)", "p = p.masked_fill(p.cumsum(-1) >= top_p, 0)", "language_model"),
-    ("part.repeat_interleave(times, 0) for part in s", "part.repeat(times, *[1] * (part.ndim - 1)) for part in s", "language_model model"),
+    ("return [type(s)(*(part[rows] for part in s)) for s in state]", "return [type(s)(*(part[rows[:1]] for part in s)) for s in state]", "language_model model"),
     ("ids = input_ids if mask is None else input_ids.masked_fill(~mask, vocab_size)", "ids = input_ids", "language_model"),
     # batches
     ("starts = [[n if t == 0 else -1 for n in line", "starts = [[n for n in line", "data_batches"),

@@ -9,17 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+import vlmamba_lite.ops.ssd as ssd_module
 from vlmamba_lite.ops.ssd import (
     decay_matrix,
     prepare_dt,
     segment_sum,
     split_sum,
+    ssd,
+    ssd_backends,
     ssd_chunked,
+    ssd_cpp,
     ssd_quadratic,
     ssd_recurrent,
 )
 
-FORMS = [ssd_recurrent, ssd_quadratic, ssd_chunked]
+FORMS = [ssd_recurrent, ssd_quadratic, ssd_chunked] + [ssd_cpp] * (ssd_backends()["cpp"] is None)
 LIMIT = (0.02, 1.5)
 
 
@@ -46,7 +50,7 @@ def everything(f, args, **options):
 def test_three_forms_any_length_any_chunk(L, Q, G, b, P, N, wide_D, seed):
     args = inputs(b, L, 4, P, G, N, wide_D=wide_D, seed=seed)
     want = everything(ssd_recurrent, args)
-    for f in (ssd_quadratic, ssd_chunked):
+    for f in FORMS[1:]:
         for got, right in zip(everything(f, args, chunk_size=Q), want):
             assert_close(got, right, rtol=1e-9, atol=1e-10)
 
@@ -76,10 +80,11 @@ def test_options_mean_what_they_say(form):
     assert h.shape == (2, 4, 3, 5)
 
 
-def test_groups_are_repeated_heads():
+@pytest.mark.parametrize("form", FORMS)
+def test_groups_are_repeated_heads(form):
     a = inputs(G=2)
     wide = a | {k: a[k].repeat_interleave(2, 2) for k in "BC"}               # one group per head: 0 0 1 1, not 0 1 0 1
-    assert_close(ssd_chunked(**wide, chunk_size=8), ssd_chunked(**a, chunk_size=8))
+    assert_close(form(**wide, chunk_size=8), form(**a, chunk_size=8))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -93,6 +98,62 @@ def test_state_carries_over_any_cut(form, cut):
         y, state = form(**part | {"initial_states": state}, chunk_size=6, return_final_states=True)
         ys.append(y)
     assert_close((torch.cat(ys, 1), state), want)
+
+
+@pytest.mark.skipif(ssd_cpp not in FORMS, reason="needs a C++ compiler")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1), (1, 64, 6, 32, 1, 64), (2, 65, 6, 7, 3, 33), (1, 200, 5, 18, 1, 16), (2, 131, 4, 13, 2, 130)])
+def test_cpp_widths_that_fill_no_register_and_threads(shape, threads):
+    "Heads are shared out where there are fewer rows than threads; the bits do not depend on which thread was first."
+    args, before = inputs(*shape, wide_D=True), torch.get_num_threads()
+    want = everything(ssd_recurrent, args)
+    try:
+        torch.set_num_threads(threads)
+        got, again = everything(ssd_cpp, args), everything(ssd_cpp, args)
+    finally:
+        torch.set_num_threads(before)
+    for g, a, w in zip(got, again, want):
+        assert torch.equal(g, a) and rms_error(g, w) < 1e-11
+
+
+@pytest.mark.skipif(ssd_cpp not in FORMS, reason="needs a C++ compiler")
+def test_cpp_takes_views_and_has_no_second_gradient():
+    whole = torch.randn(2, 9, 4 * 3 + 2 * 10, dtype=torch.float64)
+    x, B, C = whole.split([12, 10, 10], -1)                                  # as from the convolution of a block
+    args = dict(x=x.unflatten(-1, (4, 3)), dt=torch.rand(4, 2, 9).double().permute(1, 2, 0), A=-torch.rand(1).double().expand(4),
+                B=B.unflatten(-1, (2, 5)), C=C.unflatten(-1, (2, 5)).flip(-1))
+    assert_close(ssd_cpp(**args), ssd_recurrent(**args))
+    B = torch.randn(2, 9, 5, 2).double().mT
+    assert_close(ssd_cpp(**args | {"B": B}), ssd_recurrent(**args | {"B": B}))
+    A = args["A"].clone().requires_grad_()
+    g, = torch.autograd.grad(ssd_cpp(**args | {"A": A}).square().sum(), A, create_graph=True)
+    with pytest.raises(RuntimeError, match="FusedSSD: its gradient can be taken once, not twice"):
+        g.sum().backward()
+    with pytest.raises(RuntimeError, match="backend 'cpp': got tensors on meta, needs them on the CPU"):
+        ssd_cpp(**{k: v.to("meta") for k, v in args.items()})
+
+
+def test_auto_takes_what_can_run(monkeypatch):
+    called, args = [], {k: v.detach().float() for k, v in inputs().items()}
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+    cuda = args | {"x": args["x"].as_subclass(OnCuda)}
+    for reason in (None, "no"):
+        for name in ("chunked", "cpp", "mamba_ssm"):
+            monkeypatch.setitem(ssd_module._SSD_BACKENDS, name, (lambda *_, name=name, **__: called.append(name), lambda name=name: None if name == "chunked" else reason))
+        for moved in (args, cuda, {k: v.to("meta") for k, v in args.items()}):
+            ssd(**moved)
+    assert called == ["cpp", "mamba_ssm", "chunked", "chunked", "chunked", "chunked"]
+
+
+@pytest.mark.parametrize("name", ["x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states"])
+def test_only_real_numbers(name):
+    args = {k: v.detach() for k, v in inputs().items()}
+    for dtype in (torch.int32, torch.bool, torch.complex64):
+        with pytest.raises(ValueError, match=f"^{name}: got {dtype}, need a real floating-point dtype"):
+            ssd(**args | {name: args[name].to(dtype)})
+    with pytest.raises(ValueError, match=f"^{name}: got ndarray, need a tensor"):
+        ssd(**args | {name: args[name].numpy()})
 
 
 def test_a_step_of_no_length_changes_nothing():
@@ -109,7 +170,7 @@ def test_a_step_of_no_length_changes_nothing():
 def test_float32_stays_close_to_float64(shape):
     small = inputs(*shape, dtype=torch.float32)
     want = everything(ssd_recurrent, {k: v.detach().double().requires_grad_() for k, v in small.items()})
-    for f in (ssd_quadratic, ssd_chunked):
+    for f in FORMS[1:]:
         got = everything(f, small, chunk_size=64)
         assert [i.dtype for i in got] == [torch.float32] * len(got)
         assert max(rms_error(g, w) for g, w in zip(got[:2], want[:2])) < 2e-6

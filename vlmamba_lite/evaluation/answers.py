@@ -80,18 +80,20 @@ def answer(model, pairs, batch_size=64, max_new_tokens=16, template=None, exact=
 
     was_training = model.training
     model.eval()
-    for at in range(0, len(pairs), batch_size):
-        pictures, questions = zip(*pairs[at:at + batch_size])
-        different = {id(picture): picture for picture in pictures}
-        place = {key: i for i, key in enumerate(different)}
-        which = torch.tensor([place[id(picture)] for picture in pictures], device=device)
-        rows = [tokens[question] for question in questions]
-        ids, lengths = pad_rows(rows, 0).to(device), torch.tensor([len(row) for row in rows], device=device)
-        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        ids, mask, state = start(model, list(different.values()), which, ids, mask)
-        new = model.language.generate(ids, max_new_tokens, prompt.stops, mask=mask, state=state)[:, ids.shape[1]:]
-        texts += map(text, new.tolist())
-    model.train(was_training)
+    try:
+        for at in range(0, len(pairs), batch_size):
+            pictures, questions = zip(*pairs[at:at + batch_size])
+            different = {id(picture): picture for picture in pictures}
+            place = {key: i for i, key in enumerate(different)}
+            which = torch.tensor([place[id(picture)] for picture in pictures], device=device)
+            rows = [tokens[question] for question in questions]
+            ids, lengths = pad_rows(rows, 0).to(device), torch.tensor([len(row) for row in rows], device=device)
+            mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+            ids, mask, state = start(model, list(different.values()), which, ids, mask)
+            new = model.language.generate(ids, max_new_tokens, prompt.stops, mask=mask, state=state)[:, ids.shape[1]:]
+            texts += map(text, new.tolist())
+    finally:
+        model.train(was_training)
     return texts
 
 

@@ -345,7 +345,7 @@ def run_grid(rows=None, tasks=None, seeds=5, output=Path("data/results/ablations
     try:
         tempfile.TemporaryFile(dir=place).close()                        # now, and not after the first run
     except OSError as error:
-        raise ValueError(f"output: got {output}, need a folder that can be written; {place}: {error.strerror}") from None
+        raise ValueError(f"output: got {output}, need a folder to write in; {place}: {error.strerror}") from None
     plan, began, before = [], time.monotonic(), torch.get_num_threads()
     for task, row, seed in itertools.product(tasks, rows, range(seeds)):
         path, settings = Path(output) / f"{task}.{row}.seed{seed}.json", row_settings(task, row)

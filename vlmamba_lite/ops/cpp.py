@@ -28,7 +28,8 @@ from .chunked import from_rows, once, to_common_groups, to_rows
 from .reference import finish_scan, prepare_scan
 
 # %% ../../nbs/ops/cpp.ipynb #7830bb86
-KERNEL = "\n".join((files("vlmamba_lite.ops") / name).read_text(encoding="utf-8") for name in ("scan.cpp", "conv.cpp"))
+_SOURCES = "scan.cpp", "conv.cpp", "ssd.cpp"
+KERNEL = "\n".join((files("vlmamba_lite.ops") / name).read_text(encoding="utf-8") for name in _SOURCES)
 CXX_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
              "-fno-trapping-math", *(["-mprefer-vector-width=512"] * (platform.machine() in ("x86_64", "AMD64")))]
 

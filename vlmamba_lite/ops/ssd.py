@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['segment_sum', 'per_head', 'recurrent_form', 'quadratic_form', 'split_sum', 'decay_matrix', 'to_chunks',
            'chunked_form', 'check_ssd_inputs', 'prepare_dt', 'run_form', 'ssd_recurrent', 'ssd_quadratic',
-           'ssd_chunked', 'ssd_backends', 'ssd']
+           'ssd_chunked', 'FusedSSD', 'ssd_cpp', 'ssd_backends', 'ssd']
 
 # %% ../../nbs/ops/04_ssd.ipynb #2dc56f9d
 import importlib
@@ -15,6 +15,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from .chunked import once
+from .cpp import call_kernel, in_memory, without_compiler
 from .reference import require, scan_dtype
 from .selective_scan import usable, without_cuda_package
 
@@ -120,18 +122,22 @@ def chunked_form(X, a, B, C, h, chunk_size=64, first=True, last=True):
 #| code-fold: true
 #| code-summary: "The checks of all arguments"
 def check_ssd_inputs(x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_states=None):
-    "Raises one `ValueError` that names the first argument of a wrong shape, what it got and what it needs."
+    "Raises one `ValueError` that names the first argument of a wrong kind or shape, what it got and what it needs."
+    optional = {"D": D, "z": z, "dt_bias": dt_bias, "initial_states": initial_states}
+    given = {"x": x, "dt": dt, "A": A, "B": B, "C": C} | {name: i for name, i in optional.items() if i is not None}
+    for name, i in given.items():
+        require(isinstance(i, torch.Tensor), name, type(i).__name__, "a tensor")
+        require(i.is_floating_point(), name, i.dtype, "a real floating-point dtype")
     require(x.ndim == 4 and x.shape[1] > 0, "x", tuple(x.shape),
             "(batch, length, heads, headdim) with a length of at least 1")
     b, L, h, p = x.shape
     groups_fit = B.ndim == 4 and B.shape[:2] == (b, L) and B.shape[2] > 0 and h % B.shape[2] == 0
     require(groups_fit, "B", tuple(B.shape), f"({b}, {L}, G, N) with G dividing {h}")
-    shapes = {"C": (C, [tuple(B.shape)]), "dt": (dt, [(b, L, h)]), "A": (A, [(h,)]), "D": (D, [(h,), (h, p)]),
-              "z": (z, [(b, L, h, p)]), "dt_bias": (dt_bias, [(h,)]),
-              "initial_states": (initial_states, [(b, h, p, B.shape[3])])}
-    for name, (tensor, fits) in shapes.items():
-        if tensor is not None:
-            require(tuple(tensor.shape) in fits, name, tuple(tensor.shape), " or ".join(map(str, fits)))
+    shapes = {"C": [tuple(B.shape)], "dt": [(b, L, h)], "A": [(h,)], "D": [(h,), (h, p)], "z": [(b, L, h, p)],
+              "dt_bias": [(h,)], "initial_states": [(b, h, p, B.shape[3])]}
+    for name, fits in shapes.items():
+        if name in given:
+            require(tuple(given[name].shape) in fits, name, tuple(given[name].shape), " or ".join(map(str, fits)))
 
 # %% ../../nbs/ops/04_ssd.ipynb #30d30adc
 def prepare_dt(dt, dt_bias=None, dt_softplus=False, dt_limit=(0., math.inf)):
@@ -143,7 +149,7 @@ def prepare_dt(dt, dt_bias=None, dt_softplus=False, dt_limit=(0., math.inf)):
 
 
 def run_form(form, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0., math.inf),
-             initial_states=None, return_final_states=False):
+             initial_states=None, return_final_states=False, fused=False):
     "One of the forms with everything around it: arguments, results and errors of `ssd`."
     check_ssd_inputs(x, dt, A, B, C, D, z, dt_bias, initial_states)
     with torch.autocast(x.device.type, enabled=False):
@@ -151,9 +157,12 @@ def run_form(form, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=Fal
         X, A, B, C = (i.to(dtype) for i in (x, A, B, C))
         dt = prepare_dt(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
         h = X.new_zeros(len(X), *X.shape[2:], B.shape[-1]) if initial_states is None else initial_states.to(dtype)
-        y, h = form(X * dt[..., None], dt * A, B, C, h)
-        if D is not None:
-            y = torch.addcmul(y, D.to(dtype).view(len(D), -1), X)            # D (H,) or (H, P)
+        D = None if D is None else D.to(dtype).view(len(D), -1)              # D (H,) or (H, P)
+        if fused:
+            y, h = form(X, dt, A, B, C, h, D)
+        else:
+            y, h = form(X * dt[..., None], dt * A, B, C, h)
+            y = y if D is None else torch.addcmul(y, D, X)
         if z is not None:
             y = y * F.silu(z.to(dtype))
     y = y.to(x.dtype)
@@ -179,6 +188,58 @@ def ssd_chunked(x, dt, A, B, C, *, chunk_size=256, **options):
 
 # %% ../../nbs/ops/04_ssd.ipynb #5e6b3802
 #| code-fold: true
+#| code-summary: "SSD in C++"
+def _in_rows(x):
+    "x (b, L, ., .) with the last two dimensions side by side; a copy only where they are not."
+    return x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous()
+
+
+def _ssd_kernel(x, dt, A, B, C, D, h, y, bounds, *grads):
+    (b, L, H, P), (G, N) = x.shape, B.shape[2:]
+    parts = min(math.ceil(torch.get_num_threads() / (b * G)), H // G)
+    strides = (i.stride(k) for i in (x, B, C) for k in (0, 1))
+    Q = math.ceil(L / len(bounds))
+    call_kernel("ssd", [x, dt, A, B, C, D, h, y, bounds, *(grads or [None] * 7)], L, b, H, G, P, N, Q, parts, *strides)
+
+
+class FusedSSD(torch.autograd.Function):
+    """SSD in chunks with its skip in C++: x (b, L, H, P), dt (b, L, H), A (H,), B, C (b, L, G, N), D (H, P), h0 (b, H, P, N)
+    -> y like x, the last state like h0. The gradient can be taken once, not twice.
+    """
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, h0, chunk_size):
+        x, dt, A, B, C, D = _in_rows(x), dt.contiguous(), A.contiguous(), _in_rows(B), _in_rows(C), D.contiguous()
+        y, h = x.new_empty(x.shape), h0.clone(memory_format=torch.contiguous_format)
+        bounds = x.new_empty(math.ceil(x.shape[1] / chunk_size), *h.shape)
+        _ssd_kernel(x, dt, A, B, C, D, h, y, bounds)
+        ctx.save_for_backward(x, dt, A, B, C, D, bounds, h0)
+        return y, h
+
+    @staticmethod
+    @once
+    def backward(ctx, gy, gh):
+        x, dt, A, B, C, D, bounds, _ = ctx.saved_tensors
+        h, b, G = gh.clone(memory_format=torch.contiguous_format), len(x), B.shape[2]
+        parts = min(math.ceil(torch.get_num_threads() / (b * G)), x.shape[2] // G)
+        gx, gdt, gA, gD = x.new_empty(x.shape), torch.empty_like(dt), A.new_zeros(b, *A.shape), D.new_zeros(b, *D.shape)
+        gB, gC = (B.new_empty(parts, *B.shape) for _ in range(2))
+        _ssd_kernel(x, dt, A, B, C, D, h, None, bounds, gy.contiguous(), gx, gdt, gA, gB, gC, gD)
+        return gx, gdt, gA.sum(0), gB.sum(0), gC.sum(0), gD.sum(0), h, None
+
+
+def ssd_cpp(x, dt, A, B, C, *, chunk_size=256, **options):
+    "SSD in chunks of at most 64 steps by the C++ kernel, on the CPU: arguments, results and errors of `ssd`."
+    require(chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
+    if reason := without_compiler() if x.is_cpu else f"got tensors on {x.device.type}, needs them on the CPU":
+        raise RuntimeError(f"backend 'cpp': {reason}")
+
+    def form(x, dt, A, B, C, h, D):
+        D = x.new_zeros(x.shape[2:]) if D is None else D.expand(x.shape[2:])
+        return FusedSSD.apply(x, dt, A, B, C, D, h, min(chunk_size, 64))
+    return run_form(form, x, dt, A, B, C, fused=True, **options)
+
+# %% ../../nbs/ops/04_ssd.ipynb #a70a88f1
+#| code-fold: true
 #| code-summary: "ssd and its backends"
 def _ssd_mamba_ssm(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=None, **options):
     "The official `mamba_chunk_scan_combined`, with our checks."
@@ -195,6 +256,7 @@ _SSD_BACKENDS = {           # name: (the form, a function that returns None or t
     "recurrent": (ssd_recurrent, lambda: None),
     "quadratic": (ssd_quadratic, lambda: None),
     "chunked": (ssd_chunked, lambda: None),
+    "cpp": (ssd_cpp, without_compiler),
     "mamba_ssm": (_ssd_mamba_ssm, partial(without_cuda_package, "mamba_ssm.ops.triton.ssd_combined"))}
 
 
@@ -213,6 +275,8 @@ def ssd(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=None, dt_soft
     included. `backend` is "auto" or one of `ssd_backends()`. Raises `ValueError` for arguments that do not fit and
     `RuntimeError` for a backend that cannot run.
     """
-    form, _ = _SSD_BACKENDS[usable(backend, _SSD_BACKENDS, "chunked", "chunked")]
+    gpu = isinstance(x, torch.Tensor) and x.is_cuda and x.dtype != torch.float64
+    name = "mamba_ssm" if gpu else "cpp" if in_memory(x) else "chunked"
+    form, _ = _SSD_BACKENDS[usable(backend, _SSD_BACKENDS, name, "chunked")]
     return form(x, dt, A, B, C, chunk_size=chunk_size, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus,
                 dt_limit=dt_limit, initial_states=initial_states, return_final_states=return_final_states)
