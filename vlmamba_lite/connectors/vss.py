@@ -113,12 +113,13 @@ def vss_fast(mixers, x, order):
     return y if bias is None else y + (K // S - 1) * bias
 
 # %% ../../nbs/connectors/10_vss.ipynb #d0b18e39
+_order_once = lru_cache(maxsize=64)(torch.inference_mode(False)(scan_order))     # so that it can serve training later
+
+
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)                                             # so that it can serve training later
 def _kept_order(height, width, kind, device):
     "The same tensor every time: the fused kernel checks an order when it first sees it, and that waits for the GPU."
-    return scan_order(height, width, kind, device)
+    return _order_once(height, width, kind, device)
 
 
 def check_tokens(x, size, dim, name="x"):
