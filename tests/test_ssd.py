@@ -141,8 +141,8 @@ def test_auto_takes_what_can_run(monkeypatch):
     for reason in (None, "no"):
         for name in ("chunked", "cpp", "mamba_ssm"):
             monkeypatch.setitem(ssd_module._SSD_BACKENDS, name, (lambda *_, name=name, **__: called.append(name), lambda name=name: None if name == "chunked" else reason))
-        for given in (args, cuda, {k: v.to("meta") for k, v in args.items()}):
-            ssd(**given)
+        for tensors in (args, cuda, {k: v.to("meta") for k, v in args.items()}):
+            ssd(**tensors)
     assert called == ["cpp", "mamba_ssm", "chunked", "chunked", "chunked", "chunked"]
 
 
