@@ -86,27 +86,32 @@ def to_chunks(i, Q, G):
     return i.view(b, -1, Q, G, H // G, *i.shape[3:])
 
 
-def chunked_form(X, a, B, C, h, chunk_size=64, first=True, last=True):
-    "SSD in chunks (Mamba-2, section 6). first: whether h is other than zero; last: whether the last state is needed."
+def chunked_form(X, a, B, C, h, chunk_size=64, first=True, last=True, low=None):
+    """SSD in chunks (Mamba-2, section 6). first: whether h is other than zero; last: whether the last state is needed;
+    low: the dtype of the factors of matrix products, by default that of X. Decays, sums and states are in X's.
+    """
+    def product(A, B):
+        return A @ B if low is None else (A.to(low) @ B.to(low)).to(A.dtype)
+
     (b, L, H, P), (G, N) = X.shape, B.shape[2:]
     Q = math.ceil(L / math.ceil(L / chunk_size))                             # chunks of nearly equal length
     X = to_chunks(X, Q, G)                                                   # (b, c, Q, G, r, P)
     a = to_chunks(a, Q, G).movedim(2, 4)                                     # (b, c, G, r, Q)
     B, C = (to_chunks(i, Q, G).squeeze(4).transpose(2, 3) for i in (B, C))   # (b, c, G, Q, N)
-    high, low = split_sum(a)
+    high, rest = split_sum(a)
 
-    scores = (C @ B.mT).unsqueeze(3)                                         # (b, c, G, 1, Q, Q)
-    within = (decay_matrix(high, low) * scores) @ X.movedim(2, 4)            # 1. the masked matrix of each chunk
+    scores = product(C, B.mT).unsqueeze(3)                                         # (b, c, G, 1, Q, Q)
+    within = product(decay_matrix(high, rest) * scores, X.movedim(2, 4))      # 1. the masked matrix of each chunk
     y = within.movedim(4, 2)                                                 # (b, c, Q, G, r, P)
 
     many, h = X.shape[1] > 1, h.reshape(b, G, H // G * P, N)
     starts = h.unsqueeze(1)
     if many or last:
         left = high[..., -1:] - high                                         # segment sums until the end of the chunk
-        if low is not None:
-            left.add_(low[..., -1:]).sub_(low)
+        if rest is not None:
+            left.add_(rest[..., -1:]).sub_(rest)
         shrunk = X * left.exp_().movedim(4, 2).unsqueeze(-1)
-        written = shrunk.flatten(4).transpose(2, 3).mT @ B                   # (b, c, G, rP, N)
+        written = product(shrunk.flatten(4).transpose(2, 3).mT, B)           # (b, c, G, rP, N)
         kept = high[..., -1].exp().repeat_interleave(P, -1).unsqueeze(-1)    # (b, c, G, rP, 1)
         starts = []
         for written_k, kept_k in zip(written.unbind(1), kept.unbind(1)):     # 3. carry it on, write to it
@@ -114,7 +119,7 @@ def chunked_form(X, a, B, C, h, chunk_size=64, first=True, last=True):
             h = torch.addcmul(written_k, kept_k, h)
         starts = torch.stack(starts, 1)
     if many or first:
-        read = (C @ starts.mT).transpose(2, 3).unflatten(-1, (H // G, P))    # 2. from the state before each chunk
+        read = product(C, starts.mT).transpose(2, 3).unflatten(-1, (H // G, P))    # 2. from the state before each chunk
         y = y + high.exp().movedim(4, 2).unsqueeze(-1) * read
     return y.reshape(b, -1, H, P)[:, :L], h.reshape(b, H, P, N)
 
@@ -177,11 +182,16 @@ def ssd_quadratic(x, dt, A, B, C, *, chunk_size=256, **options):
     return run_form(quadratic_form, x, dt, A, B, C, **options)
 
 
+def _autocast_dtype(x):
+    device = x.device.type if isinstance(x, torch.Tensor) else "cpu"
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def ssd_chunked(x, dt, A, B, C, *, chunk_size=256, **options):
     "SSD in chunks of at most chunk_size steps (arXiv 2405.21060, section 6): arguments, results and errors of `ssd`."
     require(chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
     first, last = options.get("initial_states") is not None, options.get("return_final_states", False)
-    form = partial(chunked_form, chunk_size=chunk_size, first=first, last=last)
+    form = partial(chunked_form, chunk_size=chunk_size, first=first, last=last, low=_autocast_dtype(x))
     return run_form(form, x, dt, A, B, C, **options)
 
 # %% ../../nbs/ops/04_ssd.ipynb #5e6b3802
@@ -233,6 +243,8 @@ def _ssd_mamba_ssm(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=No
         raise RuntimeError(f"backend 'mamba_ssm': got {x.dtype} on {x.device.type}, "
                            "needs float32, bfloat16 or float16 on cuda")
     scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    if low := _autocast_dtype(x):
+        x, B, C = (i.to(low) for i in (x, B, C))
     A, D, dt_bias = (None if i is None else i.float() for i in (A, D, dt_bias))
     return scan(x, dt, A, B, C, chunk_size, D=D, z=z, dt_bias=dt_bias, **options)
 
