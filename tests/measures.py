@@ -1,5 +1,11 @@
-"""What many tests share: measures, and models without tidy numbers."""
+"""What many tests share: measures, models without tidy numbers, and the mark of what needs a GPU."""
+import pytest
 import torch
+
+
+def cuda(test):
+    "A test that needs a CUDA GPU: skipped without one, and what `pytest -m cuda` and `vlmamba bench gpu` run."
+    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")(test))
 
 
 def lively(model, seed=0):

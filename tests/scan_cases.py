@@ -7,6 +7,7 @@ from vlmamba_lite.ops.selective_scan import backends
 REFERENCE = "reference"
 OURS = [name for name, reason in backends().items() if reason is None and name not in ("triton", "mamba_ssm")]     # plain PyTorch or C++, in float64 too
 FAST = [name for name in OURS if name != REFERENCE]
+DEVICE = torch.device("cpu")                                       # triton_interpreted.py, run on a GPU, sets another
 DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 
 
@@ -16,7 +17,7 @@ def draw(batch=2, channels=4, length=37, n=3, b_form=1, c_form=1, optional=("D",
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
-        return torch.randn(*shape, generator=g).double()
+        return torch.randn(*shape, generator=g, device="cpu").double().to(DEVICE)
 
     def matrix(form):
         if form == "constant":
@@ -42,7 +43,7 @@ def outputs_and_gradients(scan, args, dtype=torch.float64, **kwargs):
     leaves = {k: v.clone().requires_grad_() for k, v in args.items() if isinstance(v, torch.Tensor)}
     y, last = scan(**{**args, **leaves}, return_last_state=True, **kwargs)
     g = torch.Generator().manual_seed(7)
-    loss = sum((x * torch.randn(x.shape, generator=g).bfloat16().to(x.dtype)).sum() for x in (y, last))  # exact in every dtype
+    loss = sum((x * torch.randn(x.shape, generator=g, device="cpu").bfloat16().to(x)).sum() for x in (y, last))  # exact in every dtype
     grads = torch.autograd.grad(loss, list(leaves.values()))
     return {"y": y.detach(), "last_state": last.detach()}, dict(zip(leaves, grads))
 

@@ -55,6 +55,14 @@ def test_interval_by_hand():
     assert T.interval([7.0, 7.0]) == (7.0, 0.0)
 
 
+@pytest.mark.parametrize("values", [[], [math.nan], [1.0, math.nan, 3.0], [1.0, math.inf]])
+def test_no_interval_without_numbers(values):
+    with pytest.raises(ValueError, match="^values: got .*, need at least one, and no NaN"):
+        T.interval(values)
+    with pytest.raises(ValueError, match="^values: got"):
+        T.verdict(dict(enumerate(values or [math.nan])), {0: 1.0, 1: 2.0, 2: 3.0})
+
+
 def test_pairs_are_those_of_equal_seeds():
     a, b = {0: 3.0, 1: 5.0, 7: 100.0}, {1: 4.0, 0: 1.0, 2: -50.0}
     assert T.paired(a, b) == T.interval([2.0, 1.0])
@@ -304,8 +312,8 @@ def quick(monkeypatch):
     tiny = dict(d_model=16, n_layer=1, mixer_args=dict(d_state=8, headdim=8, chunk_size=32))
     eye = dict(dim=16, width=8, image_size=64)
     rows = {"a": A.GridRow("A", dict(vision=eye), tiny), "b": A.GridRow("B", dict(vision=eye, connector="mlp"), tiny)}
-    recipe = A.Recipe(steps=3, batch_size=4, questions=6, phases=A.CLEVR_PHASES, evaluations=2)
-    task = A.Task(recipe, A.load_clevr, A.clevr_score, (8, 2, 3), True, False)
+    recipe = A.BUDGET | dict(steps=3, batch_size=4, questions=6, phases=A.CLEVR_PHASES, evaluations=2)
+    task = A.Task(A.load_clevr, A.clevr_score, (8, 2, 3), recipe, positions=True, augmented=False)
     monkeypatch.setattr(A, "ROWS", rows)
     monkeypatch.setattr(A, "TASKS", {"one": task, "two": replace(task, positions=False), "hidden": replace(task, default=False)})
     return rows
@@ -357,16 +365,16 @@ def test_a_run_is_the_slow_loop(quick):
     model, data = A.start_row("one", "a", 1)
     curve, spent = A.train_row(model, task, data, 1)
     slow, _ = A.start_row("one", "a", 1)
-    optimizers, losses = build_optimizers(slow, task.recipe.stage()), []
+    optimizers, losses = build_optimizers(slow, task.stage()), []
     batches = VQABatches(data["train"], 3, 4, 1, 6, A.CLEVR_PHASES, None)
     for step in range(3):
         for optimizer in optimizers:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step / 3, task.recipe)
+                group["lr"] = learning_rate(step / 3, task.stage())
         loss = slow.train()(batches[step]).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(slow.parameters(), task.recipe.clip)
+        torch.nn.utils.clip_grad_norm_(slow.parameters(), task.recipe["clip"])
         for optimizer in optimizers:
             optimizer.step()
         losses.append(loss.item())
@@ -383,7 +391,7 @@ def test_question_first_trains(quick, monkeypatch):
 def test_other_settings_are_refused(quick, tmp_path, monkeypatch):
     A.run_grid(["a"], ["one"], 1, tmp_path)
     task = A.TASKS["one"]
-    monkeypatch.setitem(A.TASKS, "one", replace(task, recipe=replace(task.recipe, steps=4)))
+    monkeypatch.setitem(A.TASKS, "one", replace(task, recipe=task.recipe | dict(steps=4)))
     with pytest.raises(ValueError, match=r"one\.a\.seed0\.json: training\.steps: got 3, need 4; .* move it away"):
         A.run_grid(["a"], ["one"], 1, tmp_path)
     with pytest.raises(ValueError, match="training.steps"):
@@ -402,6 +410,22 @@ def test_a_broken_file_is_named(quick, tmp_path):
 def test_bad_arguments(quick, tmp_path, arguments, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         A.run_grid(**{"output": tmp_path, **arguments})
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_results_that_could_not_be_written_are_refused_before_the_work(quick, tmp_path, monkeypatch, dry_run):
+    monkeypatch.setattr(A, "start_row", lambda *_, **__: pytest.fail("a model was built"))
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing/x")):
+        with pytest.raises(ValueError, match="^output: got .*, need a folder to write in; /.*: "):
+            A.run_grid(["a"], ["one"], 1, output, dry_run=dry_run)
+
+    def read_only(**_):
+        raise OSError(30, "Read-only file system")
+    monkeypatch.setattr(A.tempfile, "TemporaryFile", read_only)
+    with pytest.raises(ValueError, match="^output: got"):
+        A.run_grid(["a"], ["one"], 1, tmp_path / "new", dry_run=dry_run)
+    assert (tmp_path / "file").read_text() == "mine" and sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
 def test_no_time_no_run(quick, tmp_path):
@@ -436,11 +460,11 @@ def test_threads_are_put_back(quick, tmp_path, monkeypatch):
 
 
 def test_easy_task_is_the_recipe_of_the_course():
-    stage, (lite,) = A.TASKS["easy-vqa"].recipe.stage(), RECIPES["lite"]
+    stage, (lite,) = A.TASKS["easy-vqa"].stage(), RECIPES["lite"]
     own = {name: getattr(lite, name) for name in ("steps", "batch_size", "evaluations", "source")}
     assert replace(stage, **own) == lite and A.TASKS["easy-vqa"].augmented
-    mine, usual = A.Recipe(), VQABatches(None)
-    assert (mine.questions, mine.shift, [w for _, w in mine.phases]) == (usual.questions, usual.shift, [w for _, w in usual.phases])
+    mine, usual = A.BUDGET, VQABatches(None)
+    assert (mine["questions"], mine["shift"], [w for _, w in mine["phases"]]) == (usual.questions, usual.shift, [w for _, w in usual.phases])
 
 
 # ---- tables ----

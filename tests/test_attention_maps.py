@@ -10,16 +10,14 @@ from vlmamba_lite.connectors.attention_maps import (
     connector_attention,
     connector_maps,
     hidden_attention,
-    mvss_attention,
     receptive_field,
     scan_input,
     ssd_attention,
     vss_attention,
-    vss_step_sizes,
 )
 from vlmamba_lite.connectors.connectors import VSSL2Connector, VSSMLPConnector
 from vlmamba_lite.connectors.msc import MVSS, MambaScanConnector
-from vlmamba_lite.connectors.vss import VSS, scan_order
+from vlmamba_lite.connectors.vss import VSS, scan_order, vss_inputs
 from vlmamba_lite.layers import mamba
 from vlmamba_lite.ops.selective_scan import selective_scan
 from vlmamba_lite.ops.ssd import ssd_recurrent
@@ -77,15 +75,16 @@ def listening(mixer, x, path):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_vss_attention_and_step_sizes_in_the_order_of_the_picture(shared):
+def test_vss_attention_in_the_order_of_the_picture(shared):
     torch.manual_seed(0)
     module, x = VSS(6, "csm", shared=shared, d_state=3).double(), torch.randn(2, 12, 6, dtype=torch.float64)
-    found, steps = vss_attention(module, x, (3, 4)), vss_step_sizes(module, x, (3, 4))
-    assert found.shape == (2, 4, 12, 12) and steps.shape == (2, 4, 12) and not found.requires_grad
+    found, inputs = vss_attention(module, x, (3, 4)), vss_inputs(module.mixers, x, scan_order(3, 4, "csm"))[1]
+    steps = F.softplus(inputs["delta"] + inputs["delta_bias"][:, None]).unflatten(1, (4, -1)).mean(2)     # (b, K, L), along the paths
+    assert found.shape == (2, 4, 12, 12) and not found.requires_grad
     for k, path in enumerate(scan_order(3, 4, "csm").tolist()):
         want, want_steps = listening(module.mixers[0 if shared else k], x[1:], path)
         torch.testing.assert_close(found[1, k], want, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(steps[1, k], want_steps)
+        torch.testing.assert_close(steps[1, k], want_steps[path])
     seen = found[0] > 0
     for k, path in enumerate(scan_order(3, 4, "csm").tolist()):
         for t, patch in enumerate(path):
@@ -131,7 +130,7 @@ def test_attention_is_the_effect_of_each_patch_on_each_other(shared, ngroups):
     torch.manual_seed(0)
     m, size = lively(MVSS(8, "csm", shared=shared, ngroups=ngroups, **SMALL)).double(), (2, 3)
     x = tokens_of(size)
-    found = mvss_attention(m, x, size)
+    found = vss_attention(m, x, size)
     assert found.shape == (2, 4, 6, 6) and not found.requires_grad
     order = scan_order(*size, "csm")
     _, inputs = m.inputs(x, order)
@@ -164,7 +163,7 @@ def test_maps_of_the_mamba_scan_connector():
     c, x = MambaScanConnector(8, 12, "csm", blocks=2, **SMALL), tokens_of((2, 3), dtype=torch.float32)
     given_ = scan_input(c, x, (2, 3))
     torch.testing.assert_close(given_, F.rms_norm(x, (8,), eps=1e-5))
-    torch.testing.assert_close(connector_attention(c, x, (2, 3)), mvss_attention(c.vss, given_, (2, 3)))
+    torch.testing.assert_close(connector_attention(c, x, (2, 3)), vss_attention(c.vss, given_, (2, 3)))
     assert c.vss is c.blocks[0].mvss and not c.vss._forward_pre_hooks
 
 

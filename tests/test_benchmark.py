@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vlmamba_lite.evaluation import benchmarks, cost
+from vlmamba_lite.evaluation import benchmarks, cost, gpu
 from vlmamba_lite.evaluation.benchmarks import (CARDS, bench_block, bench_directions, bench_generation, bench_scaling, bench_training, block_parts,
                                                 exponents, mamba_peer, most_held, random_model, runnable_blocks, scaling_models,
                                                 scan_inputs_of, scan_peers, ssd_inputs_of, ssd_peer, step_operations, training_form, use_blocks)
@@ -220,3 +220,53 @@ def test_what_cannot_be_measured_is_said():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="preset: got 'vl-mamba-2.8b' on a machine without a CUDA GPU"):
             bench_generation()
+
+
+# --- the first hour on a GPU ----------------------------------------------------------------------------------------------
+
+def test_a_part_that_fails_does_not_stop_the_rest(tmp_path):
+    "On the CPU with the smallest stand-in, a part that fails and one that never ends, which takes no time from those after it."
+    parts = {"fails": gpu.Part(0.05, "", "no_such_module"), "stuck": gpu.Part(0.05, "", "http.server --bind 127.0.0.1 0"),
+             "generation": gpu.PARTS["generation"], "left out": gpu.Part(1, "", "this")}
+    seen = []
+    result = gpu.bench_gpu(tmp_path / "new", 4, ["fails", "stuck", "generation"], "cpu", parts, seen.append)
+    rows = json.loads((tmp_path / "new" / "gpu.json").read_text())["parts"]
+    assert rows == result["parts"] == seen and [row["part"] for row in rows] == ["fails", "stuck", "generation"]
+    assert [row["code"] for row in rows] == [1, 124, 0] and rows[0]["why"] == "exit code 1" and rows[1]["why"].startswith("no end after ")
+    assert "no_such_module" in rows[0]["said"][-1] and rows[2]["why"] is None, rows
+    written = json.loads((tmp_path / "new" / "generation.json").read_text())
+    assert written["benchmark"] == "generation" and written["forms"]["steps"]["tokens_per_second"] > 0 and written["hardware"]["gpu"] is None
+
+
+def test_a_number_that_is_too_low_fails_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "run_words", lambda *_: (0, "fine"))
+    monkeypatch.setattr(gpu, "write_result", lambda *_, **__: None)
+    for score, why in ((0.98, "test_accuracy: got 0.98, need at least 0.99"), (0.995, None)):
+        (tmp_path / "lite.json").write_text(json.dumps({"test_accuracy": score}))
+        [row] = gpu.bench_gpu(tmp_path, only=["lite"], device="cuda", on_part=lambda row: None)["parts"]
+        assert row["why"] == why and bool(row["code"]) == bool(why)
+
+
+def test_parts_and_devices_it_does_not_know():
+    with pytest.raises(ValueError, match="^only: got 'nope', need some of tests, kernels, lite, training, generation"):
+        gpu.bench_gpu(only=["nope"])
+    with pytest.raises(ValueError, match="^device: got 'tpu', need 'cuda' or 'cpu'"):
+        gpu.bench_gpu(device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="^device: got 'cuda' on a machine without a CUDA GPU, need 'cpu', a rehearsal"):
+            gpu.bench_gpu()
+
+
+def test_the_command_says_what_failed(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from vlmamba_lite.cli.bench import bench
+    for code in (0, 1):
+        def bench_gpu(output, minutes, only, device, on_part, code=code):
+            row = dict(part="lite", seconds=2.5, code=code, why="exit code 1" if code else None, given=(output, minutes, only, device))
+            on_part(row)
+            return {"parts": [row]}
+        monkeypatch.setattr(gpu, "bench_gpu", bench_gpu)
+        said = CliRunner().invoke(bench, ["gpu", "--only", "lite", "--minutes", "3", "--output", str(tmp_path), "--device", "cpu"])
+        assert said.exit_code == code and f"lite: {'exit code 1' if code else 'passed'}, 2.5 s" in said.output, said.output

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlmamba_lite.connectors.connectors import CONNECTORS as REGISTRY
 from vlmamba_lite.connectors.connectors import MLPConnector, VSSL2Connector, VSSMLPConnector, connector_flops
-from vlmamba_lite.connectors.vss import VSS, choose, scan_order, vss_definition
+from vlmamba_lite.connectors.vss import VSS, choose, scan_order, vss_directions
 
 CONNECTORS = [MLPConnector, VSSMLPConnector, VSSL2Connector]
 
@@ -38,7 +38,7 @@ def written_out(connector, x, size):
     "The equations, on the parameters alone; the scan by its definition."
     p = dict(connector.named_parameters())
     def scan(v):
-        return vss_definition(connector.vss.mixers, v, scan_order(*size, connector.vss.scan))
+        return vss_directions(connector.vss.mixers, v, scan_order(*size, connector.vss.scan)).sum(1)
     if isinstance(connector, VSSL2Connector):
         v = linear(x, p, "linear1")
         return linear(rms_norm(scan(gelu(v)) + v, p["norm.weight"]), p, "linear2")

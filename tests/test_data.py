@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Tokenizer
 
 import vlmamba_lite
 from vlmamba_lite.data.batches import pad_rows
@@ -189,15 +190,76 @@ def test_any_words_make_the_round_trip(tokenizer, data):
     text = " ".join(data.draw(st.lists(st.sampled_from(words), min_size=1)))
     messy = "".join(c.upper() if up else c for c, up in zip(text, data.draw(st.lists(st.booleans(), min_size=len(text))) or []))
     for version in (text, messy or text, f"  {text.replace(' ', '   ')} "):
-        assert tokenizer.decode(encode_prompt(tokenizer, version)) == version.lower().replace("   ", " ").strip()
+        want = version.lower().replace("   ", " ").strip() + " ?" * (text.split()[0] in ("does", "is", "what"))
+        assert tokenizer.decode(encode_prompt(tokenizer, version)) == want
+
+
+TYPED = {                                                                # a question as people type it
+    "without ?": lambda q: q[:-1], "full stop": lambda q: q[:-1] + ".", "twice": lambda q: q + "?!", "apart": lambda q: q[:-1] + " ?",
+    "capitals": str.upper, "title": str.title, "two spaces": lambda q: q.replace(" ", "  "), "around": lambda q: f" \t{q} \n",
+    "no-break spaces": lambda q: q.replace(" ", "\xa0"), "commas": lambda q: q.replace(" ", ", "),
+    "two lines": lambda q: q.replace(" ", "\n", 1),
+    "full width": lambda q: "".join(chr(ord(c) + 0xFEE0) if c > " " else c for c in q),
+    "British": lambda q: q.replace("color", "colour").replace("gray", "Grey"), "picture": lambda q: q.replace("image", "picture"),
+    "all at once": lambda q: q.upper().replace("COLOR", " COLOUR").replace("IMAGE", "picture")[:-1] + " ."}
+
+
+@pytest.fixture(scope="session", params=["built", "saved", "transformers"])
+def reader(request, tokenizer, tmp_path_factory):
+    "text -> ids, by the tokenizer and by those who read its file."
+    if request.param == "built":
+        return lambda text: encode_prompt(tokenizer, text)
+    file = str(tmp_path_factory.mktemp("words") / "tokenizer.json")
+    tokenizer.save(file)
+    if request.param == "saved":
+        saved = Tokenizer.from_file(file)
+        return lambda text: encode_prompt(saved, text)
+    from transformers import PreTrainedTokenizerFast
+    fast = PreTrainedTokenizerFast(tokenizer_file=file)
+    return lambda text: fast(text)["input_ids"]
+
+
+@pytest.mark.parametrize("typed", TYPED.values(), ids=TYPED)
+def test_a_question_as_people_type_it_is_the_same_question(reader, tokenizer, splits, typed):
+    for question in sorted({q for data in splits.values() for q in flat(data, "questions")}):
+        want = [tokenizer.token_to_id(word) for word in re.findall(r"\w+|\?", question)]
+        assert reader(question) == reader(typed(question)) == want, question
+
+
+def test_only_what_the_texts_lack_is_read_as_something_else(tokenizer):
+    for answer in ("yes", "teal triangle", "no"):                        # no answer becomes a question
+        assert tokenizer.decode(tokenizer.encode(answer).ids) == answer
+    marked = build_tokenizer(["what is it?", "1.5, or 2", "yes."])       # '.' and ',' are tokens here
+    for text, want in (("is it 1.5, or 2.", "is it 1 . 5 , or 2 ."), ("yes!", "yes"), ("WHAT is it.", "what is it ?"), ("2 ?", "2 ?")):
+        assert marked.decode(marked.encode(text).ids) == want
+    british = build_tokenizer(["what colour is it?", "grey", "color", "a picture or an image", "what not", "is it", "is it?"])
+    for text in ("what colour is it", "grey", "color", "picture image", "what not", "is it"):
+        assert british.decode(british.encode(text).ids) == text           # 'what' and 'is' begin other texts too
+    clevr = build_tokenizer(["how many?", "what shape?", "describe 1", "list what shape?"])
+    texts = ("How MANY", "what shape.", "describe", "list what shape", "list what shape?")
+    assert [clevr.decode(clevr.encode(t).ids) for t in texts] == ["how many ?", "what shape ?", "describe", "list what shape ?", "list what shape ?"]
+
+
+@pytest.mark.parametrize("question", ["zebra " * 200_000, "z" * 1_000_000, "what " + "?" * 1_000_000, "what" + " " * 1_000_000 + "zebra",
+                                      "?" * 1_000_000, " " * 1_000_000, " ".join(f"z{i}" for i in range(100_000))])
+def test_a_question_of_a_megabyte_gets_a_short_answer(tokenizer, question):
+    if "z" not in question and question.startswith("what"):
+        assert encode_prompt(tokenizer, question) == encode_prompt(tokenizer, "what")
+    else:
+        with pytest.raises(ValueError, match="^question: got ") as error:
+            encode_prompt(tokenizer, question)
+        assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
 
 
 @settings(**FEW)
 @given(st.lists(st.sampled_from(["what", "color", "Purple", "<eos>", "<pad>", "<unk>", "zebra", "?", "!", "is", "é"]), max_size=6))
 def test_unknown_words_are_all_named(tokenizer, words):
     question = " ".join(words)
-    pieces = re.findall(r"\w+|[^\w\s]+", question.lower())
-    unknown = list(dict.fromkeys(p for p in pieces if tokenizer.token_to_id(p) is None))
+    parts = re.split("(<eos>|<pad>|<unk>)", question.lower())            # what lies between them is read alone
+    parts = [part.replace("!", "") for part in parts]                    # a mark that the texts lack
+    parts = [part.rstrip(" ?") + "?" if re.match(r"\s*(what|is)\b", part) else part for part in parts]
+    pieces = [p for part in parts for p in ([part] if part in (EOS, PAD, UNK) else re.findall(r"\w+|[^\w\s]+", part))]
+    unknown = list(dict.fromkeys(p for p in pieces if p in (EOS, PAD, UNK) or tokenizer.token_to_id(p) is None))
     if not pieces or unknown:
         message = f"never read: {', '.join(unknown)}; it knows: ? a black" if unknown else "need at least one word"
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -208,7 +270,7 @@ def test_unknown_words_are_all_named(tokenizer, words):
 
 @pytest.mark.parametrize("question", ["<eos>", "is <pad> there?", "<unk>", "what color <EOS> is the shape?"])
 def test_special_tokens_are_no_words(tokenizer, question):
-    with pytest.raises(ValueError, match="question: got words this model has never read: <, (eos|pad|unk), >;"):
+    with pytest.raises(ValueError, match="question: got words this model has never read: (<eos>|<pad>|<unk>|<, eos, >);"):
         encode_prompt(tokenizer, question)
 
 

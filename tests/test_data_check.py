@@ -95,6 +95,11 @@ def test_the_root_can_be_another_folder(folder):
     (folder / "elsewhere" / "chat.json").write_text(json.dumps([record(0)]))
     assert check_data(open_data(folder / "elsewhere" / "chat.json"))["errors"]["image"] == 1
     assert check_data(open_data(folder / "elsewhere" / "chat.json", root=folder))["usable"] == 1
+    for bad in (folder / "none", folder / "elsewhere" / "chat.json"):          # one line, not a fault for every sample
+        with pytest.raises(FileNotFoundError, match=f"^root: no folder {bad}$"):
+            open_data(folder / "chat.json", root=bad)
+        said = vlmamba("data", "check", folder / "chat.json", "--root", bad)
+        assert said.exit_code == 2 and said.stdout == "" and str(said.exception or said.stderr)
 
 
 def test_tokenizers_from_files(tmp_path):

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlmamba_lite.data.conversations import (LONGEST_TEXT, SYSTEM, TEMPLATES, Codec, Conversation, SampleError,
-                                             Template, build_tokenizer, byte_tokenizer, check_labels,
-                                             encode_conversation, encode_prompt, prompt_ids,
-                                             sample_error, show_turn)
+                                             Template, ask_ids, build_tokenizer, byte_tokenizer, check_labels,
+                                             encode_conversation, encode_prompt, join_turns, sample_error, show_turn)
 
 FEW = {"deadline": None, "max_examples": 60, "derandomize": True}
 PICTURE = Image.new("RGB", (8, 8), "teal")
@@ -39,6 +38,13 @@ def raw():
 def neox():
     "As GPT-NeoX's: bos, eos and unk are one token, and there is no pad token."
     return fast(chat_tokenizer())
+
+
+def prompt_ids(tokenizer, question, turns=(), template="zephyr"):
+    "What a model is given after some turns; in `lite` and `plain` it knows no earlier ones."
+    codec, form = Codec(tokenizer), TEMPLATES[template]
+    turns = () if form.alone or not form.asks else turns
+    return join_turns(codec, form, turns, "before")[0] + ask_ids(codec, form, question, "now", first=not turns)
 
 
 def written(template, turns):

@@ -28,6 +28,7 @@ from vlmamba_lite.training.optimizers import EMA, build_optimizers
 from vlmamba_lite.training.recipes import (RECIPES, Stage, change_stages, check_moved, count_steps, digests, freeze, learning_rate, pick_recipe,
                                            picture_reader, set_modes, stage_batches, total_steps)
 from vlmamba_lite.training.results import StepReport, Trackers, read_metrics
+from vlmamba_lite.training.run import fingerprint
 
 QUICK = dict(template="lite", batch_size=8, lr=1e-2, warmup=0.2, evaluations=2)
 ALIGN = Stage(name="align", trains=("connector",), steps=4, **QUICK)
@@ -667,6 +668,148 @@ def test_the_generator_is_set_by_seed_and_step(make_model, small, tmp_path):
     first = noisy(stop=3)
     (tmp_path / "3").rename(tmp_path / "True")
     assert first + noisy(resume=True) == straight
+
+
+# Going on with the same, and alone
+
+def finished(make_model, talks, folder, stop=2, **change):
+    "A run that was stopped after two steps of `ALIGN`."
+    return run(make_model(), talks, folder, stop=stop, stages=(ALIGN,), **change)
+
+
+def test_a_run_goes_on_only_with_what_it_read(make_model, talks, tmp_path):
+    finished(make_model, talks, tmp_path)
+    other = Talks([dict(row, answers=["teal"] * len(row["answers"])) for row in talks.rows])
+    redder = Talks([dict(row, image=row["image"].convert("L").convert("RGB")) for row in talks.rows])
+    for data, words in ((Talks(talks.rows[:-1]), "data: got 39 samples of 'align', need 40"), (other, "data: got [0-9a-f]+ checksum of 'align', need"),
+                        (redder, "data: got [0-9a-f]+ checksum of 'align', need")):
+        with pytest.raises(ValueError, match=f"^{words}.*, with which this run began$"):
+            run(make_model(), data, tmp_path, resume=True, stages=(ALIGN,))
+    for change, words in ((dict(lr=1.0), "stages: got 1.0 lr of 'align', need 0.01"), (dict(batch_size=4), "stages: got 4 batch_size of 'align', need 8")):
+        with pytest.raises(ValueError, match=f"^{words}, with which this run began$"):
+            run(make_model(), talks, tmp_path, resume=True, stages=(replace(ALIGN, **change),))
+    model = make_model()
+    model.config.language.residual_in_fp32 = not model.config.language.residual_in_fp32
+    with pytest.raises(ValueError, match="^model: got .* language.residual_in_fp32, need .*, with which this run began$"):
+        run(model, talks, tmp_path, resume=True, stages=(ALIGN,))
+    with pytest.raises(ValueError, match="^stages: got 9 steps of 'align', need 4, "):
+        run(make_model(), other, tmp_path, resume="changed", stages=(replace(ALIGN, steps=9),))
+    done, _, _ = run(make_model(), other, tmp_path, resume="changed", stages=(replace(ALIGN, lr=1e-3),))        # it is meant
+    assert done == 4
+
+
+def test_fingerprints(small, talks, tmp_path):
+    from PIL import Image
+
+    from vlmamba_lite.data.batches import Batches, Mixture
+    from vlmamba_lite.data.records import llava_set
+
+    def of(data):
+        return fingerprint(Batches(Mixture([data]), None))
+    assert of(talks) == of(Talks(talks.rows)) and of(talks)["samples"] == 40
+    assert fingerprint(VQABatches(small.train)) == fingerprint(VQABatches(small.train, seed=7)) != fingerprint(VQABatches(small.data))
+    records = [{"id": i, "image": "a.png", "conversations": [{"from": "human", "value": "<image> what?"}, {"from": "gpt", "value": str(i)}]} for i in range(3)]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    found = []
+    for size, path in ((8, "a.png"), (9, "a.png"), (9, "gone.png"), (9, "../a.png")):         # broken samples count, too
+        Image.new("RGB", (size, 300)).save(tmp_path / "a.png")
+        (tmp_path / "train.json").write_text(json.dumps([dict(r, image=path) for r in records]))
+        found.append(of(llava_set(tmp_path / "train.json", tmp_path))["checksum"])
+    assert len(set(found)) == 4
+
+
+def test_two_trainings_in_one_folder(make_model, talks, tmp_path):
+    "The second refuses, in one line, and the first is untouched; when it has ended, or was killed, the folder is free."
+    refused = []
+
+    def on_step(report):
+        if report.step == 2:
+            for resume in (False, True):
+                with pytest.raises(ValueError, match="^folder: .* is in use by a run that has not ended, need another folder$|holds the checkpoints") as error:
+                    train(make_model(seed=1), (ALIGN,), {"align": source(make_model(), talks, ALIGN)}, tmp_path / "run", 5, resume=resume)
+                refused.append(str(error.value))
+            with pytest.raises(ValueError, match="is in use by a run that has not ended"):
+                results.write_run_config(tmp_path / "run", seed=1)
+    alone = run(make_model(), talks, tmp_path / "alone", stages=(ALIGN,))
+    model, losses = make_model(), []
+    train(model, (ALIGN,), {"align": source(model, talks, ALIGN)}, tmp_path / "run", 5, on_step=lambda r: (losses.append(r.loss), on_step(r)))
+    assert losses == alone[1] and equal(weights_of(model), alone[2]) and len(refused) == 2 and "\n" not in "".join(refused)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in (tmp_path / "alone").iterdir()}
+    pid = os.fork()
+    if pid == 0:
+        with results.writing(tmp_path / "run"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert (tmp_path / "run" / ".lock").exists()               # abandoned
+    results.write_run_config(tmp_path / "run", seed=1)
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "model", "log"])
+def test_a_full_disk_is_one_line_and_loses_nothing(make_model, talks, tmp_path, monkeypatch, where):
+    from safetensors import SafetensorError
+
+    from vlmamba_lite.model.vlmamba import VLMamba as Model
+    alone, save, full = run(make_model(), talks, tmp_path / "alone", stages=(ALIGN,)), Model.save_pretrained, [True]
+
+    def no_room(model, folder):
+        if full[0] and ((where == "checkpoint" and "step-00000004" in str(folder)) or (where == "model" and folder == tmp_path / "run")):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save(model, folder)
+    monkeypatch.setattr(Model, "save_pretrained", no_room)
+    write = results.MetricsLog.write
+
+    def no_line(log, **line):
+        if where == "log" and full[0] and line["step"] == 4:
+            raise OSError(28, "No space left on device")
+        write(log, **line)
+    monkeypatch.setattr(results.MetricsLog, "write", no_line)
+    with pytest.raises(OSError, match="^folder: .*run could not be written .*No space left on device.*; the checkpoints in it are whole$") as error:
+        run(make_model(), talks, tmp_path / "run", stages=(ALIGN,))
+    assert "\n" not in str(error.value) and not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    full[0] = False
+    done, _, end = run(make_model(seed=9), talks, tmp_path / "run", resume=True, stages=(ALIGN,))
+    assert done == 4 and equal(end, alone[2])
+
+
+def test_a_damaged_log(make_model, talks, tmp_path):
+    finished(make_model, talks, tmp_path)
+    log, before = tmp_path / "metrics.jsonl", weights_of(make_model())
+    good = log.read_text()
+    for bad in ("nonsense\n", "[1]\n", '{"loss": 1}\n', '{"step": "two"}\n', "3\n", "\udcff\n"):
+        log.write_bytes((good + bad).encode(errors="surrogateescape"))
+        model = make_model()
+        with pytest.raises(ValueError, match=f"^.*metrics.jsonl: line {good.count(chr(10)) + 1} holds no numbers of a step; delete that line to go on$"):
+            run(model, talks, tmp_path, resume=True, stages=(ALIGN,))
+    log.unlink()                                              # a log can be done without
+    done, _, _ = run(make_model(), talks, tmp_path, resume=True, stages=(ALIGN,))
+    assert done == 4 and [line["step"] for line in read_metrics(log)][-1] == 4 and before
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda p: (p / "manifest.json").write_text("{}"), "manifest.json is damaged, or no checkpoint of this model \\(it does not list all files\\); delete "),
+    (lambda p: (p / "manifest.json").unlink(), "manifest.json is damaged.*FileNotFoundError\\); delete "),
+    (lambda p: (p.parent / "step-00000099").mkdir(), "step-00000099/manifest.json is damaged.*; delete .*step-00000099 to go on from the one before$")])
+def test_a_damaged_manifest_names_the_way_on(make_model, talks, tmp_path, damage, words):
+    finished(make_model, talks, tmp_path)
+    damage(latest_checkpoint(tmp_path))
+    with pytest.raises(ValueError, match=f"^resume: .*{words}"):
+        run(make_model(), talks, tmp_path, resume=True, stages=(ALIGN,))
+
+
+def test_a_run_in_a_thread(make_model, talks, tmp_path):
+    "Signals belong to the main thread; a training elsewhere goes without, to the same end."
+    from threading import Thread
+    found = []
+    thread = Thread(target=lambda: found.append(train_quietly(make_model(), talks, tmp_path / "thread")))
+    thread.start()
+    thread.join()
+    assert found == [train_quietly(make_model(), talks, tmp_path / "main")] and len(found[0]) == 4
+
+
+def train_quietly(model, data, folder):
+    losses = []
+    train(model, (ALIGN,), {"align": source(model, data, ALIGN)}, folder, 5, on_step=lambda r: losses.append(r.loss))
+    return losses
 
 
 # What is not finite

@@ -195,6 +195,14 @@ def test_evaluation_leaves_the_model_as_it_was(make_model, small):
     assert set(scores) == {"all", *(QUESTION_TYPES[i] for i in set(data.types))}
 
 
+def test_an_error_leaves_the_model_in_training(make_model, small):
+    model = make_model().train()
+    model.read = lambda pixels: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        answer_all(model, cut(small.data, [1]))
+    assert model.training
+
+
 def test_evaluate_finds_a_model_that_knows(talker, small):
     "A perfect score where the answers are the model's own, and the right share where some are not."
     data = cut(small.data, [9, 3, 5, 8])

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmamba_lite.language.model import (MIXERS, Block, MambaConfig, MambaLM, add_float32, clone_state, last_token, load_state,
-                                         next_token_loss, read_stream, repeat_state, save_state)
+from vlmamba_lite.language import model as language_model
+from vlmamba_lite.language.model import (MIXERS, Block, MambaConfig, MambaLM, clone_state, last_token, load_state,
+                                         next_token_loss, read_stream, save_state, select_state)
 from vlmamba_lite.language.sampling import GraphedStep, choose_token, kept_probabilities, penalise, seen_tokens
 from vlmamba_lite.layers.attention import Attention, AttentionState, rotate
 
@@ -208,10 +209,10 @@ def test_parameters_learn_the_same_from_pieces_and_from_steps(mixer):
 
 
 @every
-def test_repeat_state_continues_every_row(mixer):
+def test_rows_of_a_state_may_be_taken_more_than_once(mixer):
     lm, prefix, rest = make(mixer), tokens(2, 11), tokens(6, 4, seed=2)
     state = lm(prefix).state
-    wide = repeat_state(state, 3)
+    wide = select_state(state, torch.arange(2).repeat_interleave(3))
     assert all(type(w) is type(s) for w, s in zip(wide, state, strict=True))
     got = lm(rest, state=wide).logits
     want = lm(torch.cat([prefix.repeat_interleave(3, 0), rest], 1)).logits[:, 11:]
@@ -219,8 +220,6 @@ def test_repeat_state_continues_every_row(mixer):
     weights = list(lm.parameters())
     grads = [torch.autograd.grad(x.square().sum(), weights) for x in (got, want)]
     assert max(map(rms_error, *grads)) < 1e-9
-    with pytest.raises(ValueError, match="times: got 0, need at least 1"):
-        repeat_state(state, 0)
 
 
 @every
@@ -278,12 +277,14 @@ def test_recomputation_changes_nothing_but_memory(mixer):
         return sum(kept), out, torch.autograd.grad(out.loss, list(lm.parameters()))
 
     (much, plain, want), (little, again, got) = run(False), run(True)
-    assert torch.equal(plain.logits, again.logits) and all(map(torch.equal, got, want))
+    assert torch.equal(plain.loss, again.loss) and all(map(torch.equal, got, want))
     assert_states(again.state, plain.state, 1e-12)
     assert little + 3 * ids.numel() * 16 < much / 3      # with the inputs of the three layers, which are kept
     lm.backbone.recompute = True
     with torch.no_grad():
-        assert torch.equal(lm(ids, state=before).logits, plain.logits)
+        again = lm(ids, state=before).logits
+    lm.backbone.recompute = False
+    assert torch.equal(lm(ids, state=before).logits, again)
 
 
 # --- cost of a token -------------------------------------------------------------------------------------------------
@@ -771,6 +772,22 @@ def test_loss_of_bfloat16_logits_is_computed_in_float32():
     torch.testing.assert_close(got, next_token_loss(logits.double(), labels).float())
 
 
+@every
+@pytest.mark.parametrize("at_once", [1, 5 * V, 10 ** 6])
+def test_only_positions_that_learn_meet_the_head(mixer, at_once, monkeypatch):
+    lm, ids, scored = make(mixer), tokens(3, 9), []
+    labels, mask = ids.masked_fill(tokens(3, 9, seed=2) < 20, -100), torch.arange(9) < torch.tensor([[9], [4], [7]])
+    want = next_token_loss(lm(ids, mask=mask).logits, labels, mask)
+    gradients = torch.autograd.grad(want, list(lm.parameters()))
+    monkeypatch.setattr(language_model, "LOGITS_AT_ONCE", at_once)
+    lm.lm_head.register_forward_hook(lambda module, args, out: scored.append(len(out)))
+    got = lm(ids, mask=mask, labels=labels).loss
+    learned = (next_labels := labels[:, 1:].masked_fill(~mask[:, 1:], -100)).ne(-100).sum()
+    assert sum(scored) == learned < next_labels.numel() / 2 and max(scored) == min(learned, -(-at_once // V))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    assert max(map(rms_error, torch.autograd.grad(got, list(lm.parameters())), gradients)) < 1e-11
+
+
 @pytest.mark.parametrize("labels", [torch.full((2, 5), -100), torch.tensor([[4, -100, -100, -100, -100]]).repeat(2, 1)])
 def test_nothing_to_learn_is_an_error(labels):
     with pytest.raises(ValueError, match="labels: got no label other than -100"):
@@ -781,6 +798,33 @@ def test_labels_of_another_shape():
     for mask in (None, torch.ones(2, 5, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"labels: got shape \(2, 4\), need \(2, 5\)"):
             make("mamba")(tokens(2, 5), labels=tokens(2, 4), mask=mask)
+    for wrong in (-1, V, 39):
+        with pytest.raises(ValueError, match=rf"labels: got numbers from {wrong} to {wrong}, need -100 or 0 to {V - 1}"):
+            make("mamba")(tokens(2, 5), labels=torch.full((2, 5), wrong))
+
+
+@pytest.mark.parametrize("call, name", [
+    (lambda lm: lm.generate([[1]], 2), "input_ids"), (lambda lm: lm.step([1], None), "ids"), (lambda lm: lm(state=5, input_ids=tokens(1, 3)), "state"),
+    (lambda lm: lm(inputs_embeds=torch.zeros(1, 3, 15)), "inputs_embeds"), (lambda lm: lm(inputs_embeds=torch.zeros(0, 3, 16)), "inputs_embeds"),
+    (lambda lm: lm.generate(tokens(1, 3), 1.5), "max_new_tokens"), (lambda lm: lm(tokens(1, 3), mask=torch.ones(1, 3)), "mask")])
+def test_wrong_arguments_are_named(call, name):
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        call(make("mamba"))
+
+
+@both
+@pytest.mark.parametrize("damage", [math.nan, math.inf])
+def test_numbers_that_are_none_are_no_answer(mixer, damage):
+    lm, ids = make(mixer), tokens(2, 5)
+    state = lm(ids).state
+    with torch.no_grad():
+        state[1].ssm[1].fill_(damage)
+    with pytest.raises(ValueError, match="^logits: got NaN or infinity for new token 1, need numbers"):
+        lm.generate(ids, 3, state=state)
+    with torch.no_grad():
+        lm.backbone.norm_f.weight[3] = damage
+    with pytest.raises(ValueError, match="^logits: got NaN or infinity for new token 1, need numbers"):
+        lm.generate(ids, 3, temperature=1.)
 
 
 # --- inputs, dtypes, initialisation ----------------------------------------------------------------------------------
@@ -789,22 +833,23 @@ def test_labels_of_another_shape():
 def test_ids_or_embeds(mixer):
     lm, ids = make(mixer), tokens(2, 5)
     got, want = lm(inputs_embeds=lm.embed(ids), labels=ids), lm(ids, labels=ids)
-    assert torch.equal(got.logits, want.logits) and torch.equal(got.loss, want.loss)
+    assert torch.equal(got.loss, want.loss) and got.logits is None
+    assert torch.equal(lm(inputs_embeds=lm.embed(ids)).logits, lm(ids).logits)
     for wrong in (dict(), dict(input_ids=ids, inputs_embeds=lm.embed(ids))):
         with pytest.raises(ValueError, match="input_ids, inputs_embeds: got both or neither"):
             lm(**wrong)
     quiet = lm(ids, return_state=False)
     assert quiet.state is None and quiet.loss is None
-    torch.testing.assert_close(quiet.logits, want.logits, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(quiet.logits, lm(ids).logits, rtol=1e-12, atol=1e-12)
 
 
 @every
 def test_float64_throughout(mixer):
     lm, ids = make(mixer), tokens(2, 20)
-    out = lm(ids, labels=ids)
+    out = lm(ids)
     logits, state = lm.step(ids[:, 0], out.state)
     parts = [part for s in (*out.state, *state) for part in s if part.dtype != torch.bool]
-    assert {x.dtype for x in (out.loss, out.logits, logits, *parts)} == {torch.float64}
+    assert {x.dtype for x in (lm(ids, labels=ids).loss, out.logits, logits, *parts)} == {torch.float64}
     single = make(mixer, torch.float32)                 # the same weights: rounded once, so float64 differs by its own digits
     error = rms_error(single(ids).logits, out.logits)
     assert 1e-9 < error < 1e-5
@@ -837,9 +882,10 @@ def test_the_norm_reads_the_stream_before_it_is_rounded():
     want = (x / x.square().mean(-1, keepdim=True).sqrt()).bfloat16()
     assert (read_stream(norm, x) != want).float().mean() < 1e-3      # rounded once; rounding the stream first changes a quarter
     assert (read_stream(norm, x.bfloat16()) != want).float().mean() > 0.1
-    assert add_float32(x.bfloat16(), x.bfloat16()).dtype == torch.float32
-    assert add_float32(x.double(), x).dtype == torch.float64
-    assert add_float32(torch.tensor(256.), torch.tensor(1.).bfloat16()).item() == 257
+    block, plain = (Block(MambaConfig(d_model=64, residual_in_fp32=exact)) for exact in (True, False))
+    assert block.add(x.bfloat16(), x.bfloat16()).dtype == torch.float32 and plain.add(x.bfloat16(), x.bfloat16()).dtype == torch.bfloat16
+    assert block.add(x.double(), x).dtype == torch.float64
+    assert block.add(torch.tensor(256.), torch.tensor(1.).bfloat16()).item() == 257
 
 
 def test_block_is_its_equation():
@@ -881,6 +927,15 @@ def test_names_and_ties():
 def test_configuration():
     assert [MambaConfig(pad_vocab_size_multiple=m).padded_vocab_size for m in (1, 8, 16)] == [50277, 50280, 50288]
     assert MambaConfig(vocab_size=48).padded_vocab_size == 48
-    for wrong in (dict(mixer="transformer"), dict(d_intermediate=-1), dict(n_layer=0), dict(d_model=0), dict(vocab_size=0), dict(pad_vocab_size_multiple=0)):
-        with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: got"):
+    for wrong in (dict(mixer="transformer"), dict(d_intermediate=-1), dict(n_layer=0), dict(d_model=0), dict(vocab_size=0), dict(pad_vocab_size_multiple=0),
+                  dict(d_model="a"), dict(d_model=1.5), dict(d_model=True), dict(d_model=10 ** 30), dict(n_layer=10 ** 9), dict(norm_eps=math.nan),
+                  dict(norm_eps="x"), dict(norm_eps=-1.), dict(tie_embeddings=1), dict(mixer_args=[1]), dict(d_intermediate="x"), dict(mixer=3)):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: got") as caught:
             MambaConfig(**wrong)
+        assert "\n" not in str(caught.value)
+    for wrong in (dict(chunk_size="a"), dict(d_state=-1), dict(d_state=None), dict(bias=3), dict(headdim=10 ** 12), dict(dt_min=math.nan), dict(dt_limit=3)):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: got"):
+            MambaConfig(mixer="mamba2", mixer_args=wrong)
+    with pytest.raises(ValueError, match="^mixer_args: got 'headdim', need some of d_model, d_state, "):
+        MambaConfig(mixer_args=dict(headdim=2))
+    MambaConfig(mixer_args=dict(dt_rank=3, expand=1.5)), MambaConfig(mixer="mamba2", mixer_args=dict(dt_limit=[0., math.inf]))

@@ -1,22 +1,27 @@
 """The metrics of benchmarks against cases worked out by hand, intervals, questions from files, and runs that are stopped."""
 import io
 import json
+import os
+import subprocess
 import sys
 from fractions import Fraction as F
 from functools import partial
-from types import ModuleType, SimpleNamespace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.stats import binomtest
 
-from vlmamba_lite.evaluation import metrics
-from vlmamba_lite.evaluation.answers import (answer, bootstrap, check_pairs, evaluate, leave_one_out, pope_answer, pope_formula,
-                                             pope_parts)
-from vlmamba_lite.evaluation.metrics import (BENCHMARKS, COGNITION, CONTRACTIONS, PAPERS, PERCEPTION, Sample, answer_samples, evaluate_benchmark,
-                                             lmms_eval_model, mme_answer, mme_formula, mme_parts, read_benchmark, score, vqa_accuracy, vqa_answer)
+from vlmamba_lite.evaluation import lmms, metrics
+from vlmamba_lite.evaluation.answers import (answer, bootstrap, check_pairs, evaluate, leave_one_out, pope_answer, pope_formula, pope_parts,
+                                             share_interval)
+from vlmamba_lite.evaluation.metrics import (BENCHMARKS, CONTRACTIONS, PAPERS, Sample, answer_samples, evaluate_benchmark, read_benchmark, score,
+                                             vqa_accuracy, vqa_answer)
 
 few = settings(deadline=None, max_examples=30, derandomize=True)
 
@@ -161,74 +166,8 @@ def test_pope_refuses_other_labels():
         pope_scores(["yes"], ["yes", "no"])
 
 
-# MME
-
-MME_TEXT = [
-    ("Yes", "yes"), ("yes", "yes"), ("YES", "yes"), ("Yes.", "yes"), ("Yes, it is", "yes"), ("yesterday", "yes"), (" yes", "yes"), ("  yes", "other"),
-    ("No", "no"), ("no", "no"), ("NO", "no"), ("No.", "no"), ("No, it is not", "no"), ("not", "no"), ("none", "no"), ("Nope", "no"), (" no", "no"),
-    ("  no", "no"), ("   no", "other"), ("know", "no"), ("I know", "other"), ("I no", "no"), ("", "other"), ("maybe", "other"), ("The", "other"),
-    ("ye", "other"), ("n", "other"), ("eyes", "yes"), ("noyes", "no"), ("nyes", "yes"), ("yesno", "yes"), ("It is yes", "other"), ("Ayes", "yes"),
-]
-
-# one string a picture, a digit a question: acc, acc+, points
-MME = [
-    ("11", 100, 100, 200), ("10", 50, 0, 50), ("01", 50, 0, 50), ("00", 0, 0, 0), ("11 11", 100, 100, 200), ("11 10", 75, 50, 125),
-    ("11 01", 75, 50, 125), ("11 00", 50, 50, 100), ("10 10", 50, 0, 50), ("10 01", 50, 0, 50), ("10 00", 25, 0, 25), ("00 00", 0, 0, 0),
-    ("11 11 11 11", 100, 100, 200), ("11 11 11 10", 87.5, 75, 162.5), ("11 11 11 00", 75, 75, 150), ("11 11 10 10", 75, 50, 125),
-    ("11 11 10 00", 62.5, 50, 112.5), ("11 11 00 00", 50, 50, 100), ("11 10 10 10", 62.5, 25, 87.5), ("11 10 01 00", 50, 25, 75),
-    ("11 10 00 00", 37.5, 25, 62.5), ("11 00 00 00", 25, 25, 50), ("10 10 10 10", 50, 0, 50), ("10 01 10 00", 37.5, 0, 37.5),
-    ("10 10 00 00", 25, 0, 25), ("01 00 00 00", 12.5, 0, 12.5), ("00 00 00 00", 0, 0, 0), ("11 11 11 11 10", 90, 80, 170),
-    ("11 11 11 10 00", 70, 60, 130), ("11 11 10 10 10", 70, 40, 110), ("11 10 10 00 00", 40, 20, 60), ("10 00 00 00 00", 10, 0, 10),
-    ("01 01 01 01 01", 50, 0, 50),
-]
-
-
-def mme_rows(text, category="count"):
-    "Answers, labels, categories and pictures of a row of `MME`; the first question of a picture has the answer yes."
-    pairs, labels, wrong = text.split(), ["yes", "no"], {"yes": "No", "no": "I see"}
-    said = [({"yes": "Yes", "no": "No"} if right == "1" else wrong)[label] for pair in pairs for right, label in zip(pair, labels)]
-    return said, labels * len(pairs), [category] * len(said), [i // 2 for i in range(len(said))]
-
-
-def mme_scores(predictions, labels, categories, pictures):
-    parts, names, _ = mme_parts(predictions, labels, categories, pictures)
-    return mme_formula(names, parts.sum(0))
-
-
-@pytest.mark.parametrize("text, answer", MME_TEXT, ids=str)
-def test_mme_answers_by_hand(text, answer):
-    assert mme_answer(text) == answer
-
-
-@pytest.mark.parametrize("text, acc, plus, points", MME, ids=str)
-def test_mme_scores_by_hand(text, acc, plus, points):
-    scores = mme_scores(*mme_rows(text))
-    assert [scores[k] for k in ("count acc", "count acc+", "count", "perception", "cognition", "total")] == pytest.approx([acc, plus, points, points, 0, points])
-
-
-def test_mme_sums_over_categories():
-    "A category counts the same however many pictures it has; pictures of one name in two categories are two."
-    rows = zip(*(mme_rows(*row) for row in (("11 10", "OCR"), ("11", "existence"), ("11 11 00 00", "code_reasoning"), ("10", "posters"))))
-    scores = mme_scores(*(sum(parts, []) for parts in rows))
-    assert [scores[name] for name in ("OCR", "existence", "code_reasoning", "posters")] == [125, 200, 100, 50]
-    assert [scores[name] for name in ("perception", "cognition", "total")] == [375, 100, 475]
-    assert len(PERCEPTION) == 10 and len(COGNITION) == 4 and "celebrity" not in scores
-
-
-def test_mme_needs_pairs_and_known_categories():
-    said, labels, categories, pictures = mme_rows("11 11")
-    with pytest.raises(ValueError, match="^pictures: got 1 questions about 1 of count, need two each$"):
-        mme_scores(said[:3], labels[:3], categories[:3], pictures[:3])
-    with pytest.raises(ValueError, match="^pictures: got 4 questions about 7 of count"):
-        mme_scores(said, labels, categories, [7] * 4)
-    with pytest.raises(ValueError, match="^answers: got 'cats', need one of"):
-        mme_scores(said, labels, ["cats"] * 4, pictures)
-    with pytest.raises(ValueError, match="^answers: got 'Yes'"):
-        mme_scores(said, ["Yes"] * 4, categories, pictures)
-
-
 def test_every_metric_has_thirty_cases_by_hand():
-    tables = (WRITTEN, SOFT, POPE_TEXT, POPE, MME_TEXT, MME)
+    tables = (WRITTEN, SOFT, POPE_TEXT, POPE)
     assert min(len(table) for table in tables) >= 30
     assert all(len({row[:2] if table is POPE else str(row[:2]) for row in table}) == len(table) for table in tables)
 
@@ -309,27 +248,53 @@ def test_pictures_are_drawn_with_all_their_questions(name, answer, wrong):
     assert interval(5) == interval(1) and interval(1)[1] - interval(1)[0] > 0.2
 
 
-def test_bootstrap_keeps_the_size_of_strata():
-    "Two strata without variance inside: no interval when each is drawn from by itself, a wide one otherwise."
-    parts = mean_parts([1] * 10 + [0] * 30)
-    assert bootstrap(parts, mean, ["a"] * 10 + ["b"] * 30)["accuracy"] == (0.25, 0.25)
-    low, high = bootstrap(parts, mean)["accuracy"]
-    assert high - low > 0.2
-
-
-def test_bootstrap_of_mme_draws_pictures_within_categories():
-    rows = [sum(x, []) for x in zip(mme_rows("11 11 11 10 00 11 10 11", "OCR"), mme_rows("11 00 10 11", "count"))]
-    parts, names, strata = mme_parts(*rows)
-    found = bootstrap(parts, partial(mme_formula, names), strata, resamples=200)
-    scores = mme_scores(*rows)
-    assert set(found) == set(scores) and all(found[name][0] <= scores[name] <= found[name][1] for name in scores)
-    assert all(np.isfinite(found[name]).all() for name in found) and found["total"][0] < found["total"][1]
-
-
 def test_bootstrap_says_what_it_needs():
-    for parts, options in ((np.zeros(3), {}), (np.zeros((0, 2)), {}), (np.zeros((3, 2)), dict(resamples=0)), (np.zeros((3, 2)), dict(level=1))):
+    for parts, options in ((np.zeros(3), {}), (np.array([[1, np.nan]]), {}), (np.zeros((0, 2)), {}), (np.zeros((3, 2)), dict(resamples=0)), (np.zeros((3, 2)), dict(level=1))):
         with pytest.raises(ValueError, match="^parts: got shape"):
             bootstrap(parts, mean, **options)
+
+
+@pytest.mark.parametrize("trials", [1, 3, 20, 400])
+def test_intervals_of_shares_are_the_exact_ones(trials):
+    for right in range(0, trials + 1, max(1, trials // 7)):
+        for level in (0.9, 0.95):
+            theirs = binomtest(right, trials).proportion_ci(level, method="exact")
+            assert share_interval(right / trials, trials, level) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+
+
+@few
+@given(st.integers(0, 1000), st.integers(1, 10 ** 6))
+def test_intervals_of_shares_hold_the_share_and_have_a_width(thousandths, trials):
+    low, high = share_interval(thousandths / 1000, trials)
+    assert 0 <= low <= thousandths / 1000 <= high <= 1 and low < high
+
+
+def test_intervals_of_shares_say_what_they_need():
+    for share, trials in ((1.2, 3), (-0.1, 3), (float("nan"), 3), (0.5, 0)):
+        with pytest.raises(ValueError, match=f"^share: got {share} of {trials} trials, need a share in"):
+            share_interval(share, trials)
+
+
+@pytest.mark.parametrize("name", ["exact", "pope"])
+@pytest.mark.parametrize("right, count", [(3, 3), (0, 20), (1, 1), (200, 200), (0, 200), (19, 20)])
+def test_no_interval_has_width_zero(name, right, count):
+    "And of few pictures none is narrower than the exact one of so many trials."
+    samples = [sample(i, "yes" if i % 2 else "no", "even" if i % 2 else "odd") for i in range(count)]
+    said = [s.answers[0] if i < right else {"yes": "no", "no": "yes"}[s.answers[0]] for i, s in enumerate(samples)]
+    result = score(name, samples, said, resamples=50)
+    for kind, (low, high) in result["intervals"].items():
+        assert low <= result["scores"][kind] <= high and high - low > 0.01, kind
+    exact = binomtest(right, count).proportion_ci(0.95, method="exact")
+    low, high = result["intervals"]["accuracy"]
+    assert low <= exact.low + 1e-9 and high >= exact.high - 1e-9
+
+
+def test_questions_about_one_picture_are_one_trial():
+    "Three right answers about one picture say no more than one: it could be the one picture of forty that the model knows."
+    result = score("exact", [sample(i, picture="p") for i in range(3)], ["yes"] * 3)
+    assert result["intervals"]["accuracy"] == pytest.approx([0.025, 1])
+    half = score("exact", [sample(i, picture=i // 2) for i in range(80)], ["yes", "no"] * 40)                     # every picture is half right
+    assert half["intervals"]["accuracy"] == pytest.approx(list(share_interval(0.5, 40)))
 
 
 # Files of the benchmarks, written small
@@ -351,8 +316,6 @@ FILES = {
     "vqav2": ([question(None, answers=["red"] * 9 + ["blue"])], ["Red."], "green"),
     "pope": ([question(label, category=kind) for kind, label in (("random", "yes"), ("popular", "yes"), ("adversarial", "no"))],
              ["Yes", "Yes", "No"], "Not sure. No"),
-    "mme": ([question(label, category=kind, image=image) for kind, image in (("count", "p.png"), ("OCR", "q.png")) for label in ("yes", "no")],
-            ["Yes", "No", "Yes", "No"], "what"),
 }
 
 
@@ -377,7 +340,7 @@ def test_questions_are_read_and_scored(name, tmp_path):
         result = score(name, samples, predictions, resamples=resamples)
         json.dumps(result, allow_nan=False)
         assert result["questions"] == len(lines) and set(result["scores"]) == set(result["intervals"])
-        return result["scores"]["total"] / 400 if name == "mme" else result["scores"]["accuracy"]
+        return result["scores"]["accuracy"]
     assert best(right, 20) == pytest.approx(1)
     if name != "pope":
         assert best([wrong] * len(right)) == 0
@@ -399,8 +362,6 @@ def test_damaged_files_are_refused(line, message, tmp_path):
 
 def test_labels_that_cannot_be_scored_are_found_before_anything_is_asked(tmp_path):
     for name, lines, message in (("pope", [question("maybe")], "answers: got 'maybe', need one of no, yes"),
-                                 ("mme", [question(category="cats")] * 2, "answers: got 'cats', need one of existence"),
-                                 ("mme", [question(category="count")], "pictures: got 1 questions about 'p.png' of count"),
                                  ("vqav2", [question("red")], "answers: got 1, need at least 2")):
         with pytest.raises(ValueError, match=message):
             read_benchmark(name, write_questions(tmp_path, lines))
@@ -422,7 +383,7 @@ def test_read_benchmark_says_what_is_missing(tmp_path):
         read_benchmark("pope")
     with pytest.raises(ValueError, match="^data: got .*easy_vqa is embedded"):
         read_benchmark("easy_vqa", tmp_path)
-    for name in ("gqa", "mm_vet", "imagenet"):
+    for name in ("gqa", "mme", "mm_vet", "imagenet"):
         with pytest.raises(ValueError, match=f"^benchmark: got '{name}', need one of easy_vqa, exact, .*lmms-eval runs the others"):
             read_benchmark(name, tmp_path)
 
@@ -553,39 +514,149 @@ def test_evaluate_benchmark_leaves_everything(tmp_path):
     assert again["scores"] == result["scores"]
 
 
+def says_yes(model, pairs):
+    return ["yes"] * len(pairs)
+
+
+def begun(folder, samples, ask, **options):
+    "An evaluation that was killed after its first batch."
+    def kill(done):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_benchmark(ask, "exact", samples, folder, 2, on_step=kill, **options)
+
+
+def test_a_run_goes_on_with_the_same_or_says_what_differs(tmp_path):
+    "The weights, their names, a picture's bytes, an answer, the order, a setting: each is refused by name, and nothing is lost."
+    def samples(**more):
+        lines = [question(name=str(i), image=image, **{"answer": "yes", **more}) for i, image in enumerate(("p.png", "q.png", "p.png", "q.png"))]
+        return read_benchmark("exact", write_questions(tmp_path / "data", lines))
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 2)
+    begun(tmp_path / "out", samples(), partial(says_yes, model))
+    kept = (tmp_path / "out/predictions.jsonl").read_bytes()
+
+    def refused(field, ask=partial(says_yes, model), questions=None, **options):
+        with pytest.raises(ValueError, match=f"^{field}: got .*, need .*, with which this run began$"):
+            evaluate_benchmark(ask, "exact", questions or samples(), tmp_path / "out", **{"batch_size": 2, **options}, resume=True)
+        assert (tmp_path / "out/predictions.jsonl").read_bytes() == kept
+    other, bias = torch.nn.Linear(2, 2), model.bias[1].item()
+    refused("checksums.weights", partial(says_yes, other))
+    with torch.no_grad():
+        model.bias[1] += 1e-3                                              # one number of one tensor
+        refused("checksums.weights")
+        model.bias[1] = bias
+    refused("checksums.weights", lambda pairs: ["yes"] * len(pairs))
+    refused("checksums.data", questions=samples(answer="no"))
+    refused("checksums.data", questions=samples(category="b"))
+    refused("checksums.data", questions=samples()[::-1])
+    refused("questions", questions=samples()[:3])
+    refused("batch_size", batch_size=3)
+    refused("suffix", suffix=True)
+    refused("model", settings={"model": "b"})
+    same, pixels = samples(), bytearray(PIXELS)
+    pixels[-13] ^= 1                                                       # a picture of the same size
+    (tmp_path / "data/q.png").write_bytes(pixels)
+    refused("checksums.data", questions=same)
+    assert evaluate_benchmark(partial(says_yes, model), "exact", samples(), tmp_path / "out", 2, resume=True)["scores"] == {"accuracy": 1}
+
+
 # lmms-eval
 
-def test_lmms_eval_gets_a_model(small, make_model, tmp_path, monkeypatch):
-    "Against a stub of its registry and base class, with requests as it makes them."
-    registered = {}
+def lmms_request(question, pictures, place, **options):
+    "A request as lmms-eval makes it."
+    return SimpleNamespace(args=(question, options, lambda doc: [doc] * pictures, place, "easy", "test"))
 
-    def register_model(name):
-        return lambda kind: registered.setdefault(name, kind)
 
-    modules = {name: ModuleType(name) for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model", "lmms_eval.api.registry")}
-    modules["lmms_eval.api.model"].lmms = type("lmms", (), {"task_dict": {}})
-    modules["lmms_eval.api.registry"].register_model = register_model
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    make_model().save_pretrained(tmp_path)
-    kind = lmms_eval_model()
-    assert registered == {"vlmamba": kind}
-    model = kind(pretrained=str(tmp_path), batch_size="2", max_new_tokens=2)
+@pytest.fixture
+def lmms_model(small, make_model, tmp_path):
+    "An untrained model, whose answers go on to the end, as lmms-eval makes it, and three pictures as its documents."
+    make_model().save_pretrained(tmp_path / "model")
+    model = lmms.VLMambaForLMMS.create_from_arg_string(f"pretrained={tmp_path / 'model'}", {"batch_size": 2, "max_batch_size": None, "device": "cpu"}) \
+        if hasattr(lmms.VLMambaForLMMS, "create_from_arg_string") else lmms.VLMambaForLMMS(str(tmp_path / "model"), batch_size="2", device="cpu")
     model.task_dict = {"easy": {"test": list(small.rows["image"][:3])}}
-    requests = [SimpleNamespace(args=(small.data.questions[0], {"until": ["x"]}, lambda doc: [doc], i, "easy", "test")) for i in range(3)]
-    assert model.generate_until(requests) == answer(make_model(), [(image, small.data.questions[0]) for image in small.rows["image"][:3]], max_new_tokens=2)
-    requests[1].args = (*requests[1].args[:2], lambda doc: [doc, doc], *requests[1].args[3:])
-    with pytest.raises(ValueError, match="^requests: got 2 pictures in one, need one$"):
-        model.generate_until(requests)
-    for method in (model.loglikelihood, model.generate_until_multi_round):
+    return model
+
+
+def test_lmms_eval_gets_the_answers_of_answer(small, make_model, lmms_model):
+    "In the order of the requests, whatever their settings, in batches of `batch_size`."
+    asked = [(place, small.data.questions[place], longest) for place, longest in ((0, 2), (1, 1), (2, 2), (0, 1), (1, 2))]
+    batches, generate = [], lmms_model.model.language.generate
+    lmms_model.model.language.generate = lambda ids, *args, **kwargs: batches.append(len(ids)) or generate(ids, *args, **kwargs)
+    texts = lmms_model.generate_until([lmms_request(question, 1, place, max_new_tokens=longest) for place, question, longest in asked])
+    want = [answer(make_model(), [(small.rows["image"][place], question)], max_new_tokens=longest)[0] for place, question, longest in asked]
+    assert texts == want and batches == [2, 1, 2] and str(lmms_model.device) == "cpu"
+
+
+def test_lmms_eval_settings_are_obeyed(small, lmms_model):
+    question = small.data.questions[0]
+
+    def said(**options):
+        return lmms_model.generate_until([lmms_request(question, 1, 0, **options)])[0]
+    text = said()
+    assert len(text.split()) > 4 and said(max_new_tokens=3) == " ".join(text.split()[:3]) and said(until=[], max_new_tokens=0) == text
+    first, second, third = text.split()[:3]
+    assert said(until=[" " + third]) == said(until=" " + third) == text.split(" " + third)[0]
+    assert said(until=["\n\n", " " + third, " " + second]) == min(text.split(" " + second)[0], text.split(" " + third)[0], key=len)
+    assert said(do_sample=False, num_beams=1, temperature=0, top_p=None) == text
+    for options in (dict(do_sample=True), dict(num_beams=3)):
+        with pytest.raises(ValueError, match="^generation_kwargs: got {.*}, need do_sample false and num_beams 1$"):
+            said(**options)
+
+
+def test_lmms_eval_gets_errors_for_what_the_model_cannot_do(small, lmms_model):
+    for pictures in (0, 2):
+        with pytest.raises(ValueError, match=f"^requests: got {pictures} pictures in one, need one$"):
+            lmms_model.generate_until([lmms_request(small.data.questions[0], pictures, 0)])
+    for method in (lmms_model.loglikelihood, lmms_model.generate_until_multi_round):
         with pytest.raises(NotImplementedError):
             method([])
 
 
-def test_lmms_eval_says_when_it_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lmms_eval", None)
-    with pytest.raises(ModuleNotFoundError, match="^lmms_eval_model needs lmms-eval, which is not installed"):
-        lmms_eval_model()
+LMMS_TASK = """task: easy_local
+dataset_path: parquet
+dataset_kwargs: {data_files: {test: FOLDER/test.parquet}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.picture
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {max_new_tokens: 4, until: ["\\n\\n"], do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_lmms_eval_from_its_command_line_is_vlmamba_eval(small, make_model, tmp_path):
+    "By the model's name, on a task of local files: exit code 0, and the exact match of `vlmamba eval` on the same questions."
+    pytest.importorskip("lmms_eval")
+    from datasets import Dataset, Features, Image, Value
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    pictures, questions = [small.rows["image"][i] for i in (0, 0, 1, 1, 2, 2, 3)], small.data.questions[:7]
+    given = answer(model, list(zip(pictures, questions)), max_new_tokens=4)
+    answers = [text if i % 3 and text.strip() else "wrong" for i, text in enumerate(given)]
+    rows = [dict(image=p, question=q, answer=a) for p, q, a in zip(pictures, questions, answers)]
+    Dataset.from_list(rows, features=Features(image=Image(), question=Value("string"), answer=Value("string"))).to_parquet(tmp_path / "test.parquet")
+    task, entry = tmp_path / "task", tmp_path / "entry" / "vlmamba_entry-0.dist-info"
+    for folder in (task, entry, tmp_path / "data"):
+        folder.mkdir(parents=True)
+    (task / "easy_local.yaml").write_text(LMMS_TASK.replace("FOLDER", str(tmp_path)))
+    (task / "utils.py").write_text("def picture(doc):\n    return [doc['image']]\n")
+    (entry / "METADATA").write_text("Metadata-Version: 2.1\nName: vlmamba_entry\nVersion: 0\n")                   # as `pip install` writes them
+    (entry / "entry_points.txt").write_text("[lmms_eval.models]\nvlmamba = vlmamba_lite.evaluation.lmms:manifest\n")
+    path = os.pathsep.join([str(Path(__file__).parent.parent), str(tmp_path / "entry"), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run([sys.executable, "-m", "lmms_eval", "--model", "vlmamba", "--model_args", f"pretrained={tmp_path / 'model'}", "--tasks", "easy_local",
+                          "--include_path", str(task), "--batch_size", "2", "--output_path", str(tmp_path / "out")], capture_output=True, text=True,
+                         env=os.environ | {"PYTHONPATH": path, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"})
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    theirs = json.loads(next((tmp_path / "out").rglob("*results.json")).read_text())["results"]["easy_local"]["exact_match,none"]
+    for i, row in enumerate(rows):
+        row["image"].save(tmp_path / "data" / f"{i}.png")
+    lines = [json.dumps({"image": f"{i}.png", "question": row["question"], "answer": row["answer"]}) for i, row in enumerate(rows)]
+    (tmp_path / "data" / "questions.jsonl").write_text("\n".join(lines))
+    assert vlmamba("eval", tmp_path / "model", "--benchmark", "exact", "--data", tmp_path / "data", "--tokens", 4, "--device", "cpu").code == 0
+    ours = json.loads((tmp_path / "model/eval/exact/result.json").read_text())["scores"]["accuracy"]
+    assert theirs == pytest.approx(ours) and 0 < ours < 1
 
 
 # vlmamba eval
@@ -625,6 +696,21 @@ def test_eval_of_easy_vqa_is_what_training_reports(small, make_model, saved, mon
     assert (folder / "predictions.jsonl").read_bytes() == before
 
 
+def test_eval_goes_on_with_the_same_model(small, make_model, saved, monkeypatch):
+    "Another model in the same folder is refused; the first one put back goes on."
+    monkeypatch.setattr(metrics, "load_easy_vqa", lambda split: small.rows)
+    arguments = ("eval", saved, "--benchmark", "easy_vqa", "--device", "cpu", "--batch-size", 50)
+    assert vlmamba(*arguments).code == 0
+    path = saved / "eval/easy_vqa/predictions.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5000])
+    make_model(seed=7).save_pretrained(saved)
+    said = vlmamba(*arguments, "--resume")
+    assert said.code == 2 and "checksums.weights: got" in said.err and path.read_bytes() == whole[:5000]
+    make_model().save_pretrained(saved)
+    assert vlmamba(*arguments, "--resume").code == 0 and path.read_bytes() == whole
+
+
 def test_eval_of_files_with_words_the_model_knows(small, saved, tmp_path):
     data = write_questions(tmp_path / "data", [question("red", question=small.data.questions[0])])
     small.rows["image"][0].save(data / "p.png")
@@ -635,7 +721,7 @@ def test_eval_of_files_with_words_the_model_knows(small, saved, tmp_path):
 
 def test_eval_says_what_is_wrong_in_one_line(saved, tmp_path):
     data = write_questions(tmp_path / "data", [question()])
-    for arguments, message in (((saved, "--benchmark", "gqa", "--data", tmp_path), "benchmark: got 'gqa', need one of easy_vqa, exact, vqav2, pope, mme; lmms-eval"),
+    for arguments, message in (((saved, "--benchmark", "gqa", "--data", tmp_path), "benchmark: got 'gqa', need one of easy_vqa, exact, vqav2, pope; lmms-eval"),
                                ((saved, "--benchmark", "exact"), "data: got None; exact needs the folder"),
                                ((saved, "--benchmark", "exact", "--data", tmp_path / "no"), "data: no file questions.jsonl"),
                                ((tmp_path / "no", "--benchmark", "exact", "--data", data), "model: no folder"),

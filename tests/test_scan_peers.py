@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from measures import cuda
 from safetensors import safe_open
 from scan_cases import OURS, assert_near, cast, draw, outputs_and_gradients
 
@@ -85,9 +86,6 @@ def test_transformers_slow_path(backend, case):
     got = outputs_and_gradients(selective_scan, args, torch.float32, backend=backend)
     assert_near(got[0], want[0], 2e-6)
     assert_near(got[1], want[1], 1e-5)
-
-
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @cuda

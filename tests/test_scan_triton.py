@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from measures import cuda
 
 pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
@@ -24,6 +25,13 @@ def python(*command, folder, **variables):
 def test_interpreted(tmp_path):
     out = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "triton_interpreted.py", folder=tmp_path, TRITON_INTERPRET="1")
     assert " passed" in out and "skipped" not in out and "failed" not in out
+
+
+@cuda
+def test_on_the_gpu(tmp_path):
+    "The same tests, compiled, on the GPU: eight processes, because each of them compiles."
+    out = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "-n", "8", "triton_interpreted.py", folder=tmp_path)
+    assert " passed" in out and "failed" not in out
 
 
 @pytest.fixture(scope="module")

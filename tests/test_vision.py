@@ -15,7 +15,7 @@ from PIL import Image
 from vlmamba_lite.vision.encoders import ConvEncoder, ViT, conv_stage, resize_positions
 from vlmamba_lite.vision.images import CLIP_COLOURS, Preprocess, load_preprocess, preprocess_from_config
 from vlmamba_lite.vision.towers import (
-    CLIP, TIMM_NAMES, TOWER_SHAPES, DINOv2, FusedEncoder, SigLIP, attention_map, build_encoder, feature_map, half_range,
+    CLIP, TIMM_NAMES, TOWER_SHAPES, DINOv2, FusedEncoder, SigLIP, attention_map, build_encoder, half_range,
     load_encoder, new_tower, tower_config, tower_name)
 
 
@@ -743,20 +743,6 @@ def test_attention_of_the_vit():
     assert rms_error(block(x), y + block.mlp(block.norm2(y))) < 1e-5
     torch.testing.assert_close(attention_map(model, images, (3, 1)), weights[:, :, 7].unflatten(-1, grid))
     torch.testing.assert_close(attention_map(model, images).sum((2, 3)), torch.ones(2, 3))
-
-
-def test_feature_map():
-    "Two kinds of token, two colours; nothing but the grid changes with the order; few channels and equal tokens are fine."
-    torch.manual_seed(0)
-    kinds = torch.randn(2, 10)
-    which = torch.tensor([0, 0, 1, 0, 1, 1])
-    colours = feature_map(kinds[which], (2, 3))
-    assert colours.shape == (2, 3, 3) and colours.min() == 0 and colours.max() == 1
-    first = colours.flatten(0, 1)[:, 0]
-    assert set(first[which == 0].round().tolist()) != set(first[which == 1].round().tolist())
-    x = torch.randn(12, 8)
-    torch.testing.assert_close(feature_map(x.flip(0), (3, 4)), feature_map(x, (3, 4)).flatten(0, 1).flip(0).view(3, 4, 3), atol=1e-4, rtol=0)
-    assert feature_map(torch.randn(6, 2), (2, 3)).isfinite().all() and feature_map(torch.ones(6, 5), (2, 3)).isfinite().all()
 
 
 # ---- light

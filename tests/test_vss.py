@@ -9,7 +9,7 @@ from torch import nn
 import vlmamba_lite.layers.mamba as mamba
 import vlmamba_lite.ops.selective_scan as scan
 from vlmamba_lite.connectors import vss
-from vlmamba_lite.connectors.vss import PATHS, SCANS, VSS, cross_merge, cross_scan, scan_order, unscan, vss_definition
+from vlmamba_lite.connectors.vss import PATHS, SCANS, VSS, cross_merge, cross_scan, scan_order, unscan, vss_directions
 from vlmamba_lite.layers.mamba import Mamba
 
 few = settings(deadline=None, max_examples=25, derandomize=True, database=None)
@@ -99,7 +99,7 @@ def test_vss_is_its_definition(kind, size, shared):
     torch.manual_seed(0)
     module = VSS(8, kind, shared=shared, d_state=4, bias=True).double()
     order, x = scan_order(*size, kind), torch.randn(2, size[0] * size[1], 8, dtype=torch.float64, requires_grad=True)
-    slow = value_and_gradients(lambda x: vss_definition(module.mixers, x, order), x, *module.parameters())
+    slow = value_and_gradients(lambda x: vss_directions(module.mixers, x, order).sum(1), x, *module.parameters())
     assert_same(value_and_gradients(lambda x: module(x, size), x, *module.parameters()), slow)
 
 
@@ -212,7 +212,7 @@ def test_the_fused_kernel_named_where_it_cannot_run_says_so(make, monkeypatch):
 
 def test_a_kept_order_is_one_tensor():
     cpu = torch.device("cpu")
-    vss._order_once.cache_clear()
+    vss._kept_order.cache_clear()
     with torch.inference_mode():
         kept = vss._kept_order(2, 3, "csm", cpu)
     assert kept is vss._kept_order(2, 3, "csm", cpu) and not kept.is_inference()

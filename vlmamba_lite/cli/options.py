@@ -10,21 +10,25 @@ __all__ = ['console', 'Name', 'Names', 'Number', 'Device', 'Seed', 'Threads', 'c
 import os
 import sys
 from contextlib import contextmanager
-from typing import Annotated
+from itertools import chain
+from pkgutil import resolve_name
+from pathlib import Path
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-# %% ../../nbs/cli/options.ipynb #cf3833e1
+# %% ../../nbs/cli/options.ipynb #7749e922
 console = Console(highlight=False)
 
-# %% ../../nbs/cli/options.ipynb #7749e922
+
 @contextmanager
-def clean_errors(everywhere=False):
+def clean_errors(everywhere=False, stopped=None):
     """A context that turns a ValueError, an OSError or a missing package into one line on stderr and exit code 2.
 
-    A FloatingPointError, a run that diverged, exits with 1. Of several processes the first prints, or each."""
+    A FloatingPointError, a run that diverged, exits with 1. Of several processes the first prints, or each.
+    stopped: what Ctrl-C prints before it exits with 130."""
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
@@ -32,21 +36,25 @@ def clean_errors(everywhere=False):
         if everywhere or os.environ.get("RANK", "0") == "0":
             print(f"vlmamba: {text}", file=sys.stderr)
         raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from None
+    except KeyboardInterrupt:
+        if stopped is None:
+            raise
+        console.print(stopped, soft_wrap=True, markup=False)
+        raise typer.Exit(130) from None
 
 # %% ../../nbs/cli/options.ipynb #5f45ce0c
+_REGISTRIES = dict(presets="model.presets:MODEL_PRESETS model.presets:PAPER_PRESETS",
+                   encoders="model.presets:VISION_ENCODERS", connectors="connectors.connectors:CONNECTORS",
+                   scans="connectors.vss:SCANS", languages="model.presets:LANGUAGE_MODELS",
+                   recipes="training.recipes:RECIPES", templates="data.conversations:TEMPLATES",
+                   trackers="training.results:TRACKERS", benchmarks="evaluation.metrics:BENCHMARKS")
+
+
 def registries():
     "The names that help texts list, by the name of the list."
-    from vlmamba_lite.connectors.vss import SCANS
-    from vlmamba_lite.data.conversations import TEMPLATES
-    from vlmamba_lite.evaluation.metrics import BENCHMARKS
-    from vlmamba_lite.connectors.connectors import CONNECTORS
-    from vlmamba_lite.model.presets import LANGUAGE_MODELS, MODEL_PRESETS, PAPER_PRESETS, VISION_ENCODERS
-    from vlmamba_lite.training.recipes import RECIPES
-    from vlmamba_lite.training.results import TRACKERS
-    lists = dict(presets=[*MODEL_PRESETS, *PAPER_PRESETS], encoders=VISION_ENCODERS, connectors=CONNECTORS, scans=SCANS,
-                 languages=LANGUAGE_MODELS, recipes=RECIPES, templates=TEMPLATES, trackers=TRACKERS,
-                 benchmarks=BENCHMARKS)
-    return {name: ", ".join(names) for name, names in lists.items()}
+    found = {name: [resolve_name(f"vlmamba_lite.{place}") for place in places.split()]
+             for name, places in _REGISTRIES.items()}
+    return {name: ", ".join(chain(*lists)) for name, lists in found.items()}
 
 
 class ListingCommand(TyperCommand):
@@ -67,9 +75,11 @@ def argument(kind, text):
 
 def option(kind, text, metavar=None, *names, panel=None, **rules):
     "The annotation of an option of a command: its type, its help, the name of its value, its group in the help."
+    usual = {int: "N", float: "X", str: "NAME", Path: "PATH"}
+    metavar = metavar or next((name for of, name in usual.items() if of in (kind, *get_args(kind))), None)
     return Annotated[kind, typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel, **rules)]
 
 Name, Names, Number = str | None, list[str] | None, int | None
-Device = option(str, "auto, cpu or cuda", "NAME")
-Seed = option(int, "of the random numbers: weights and inputs", "N", min=0)
-Threads = option(int, "threads that PyTorch may use", "N", min=1)
+Device = option(str, "auto, cpu or cuda")
+Seed = option(int, "of the random numbers: weights and inputs", min=0)
+Threads = option(int, "threads that PyTorch may use", min=1)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-import vlmamba_lite.connectors.msc  # noqa: F401 - adds its connectors to CONNECTORS
+from ..connectors.msc import MVSS      # adds the connectors of its module to CONNECTORS, too
 from ..connectors.connectors import CONNECTORS
-from ..connectors.vss import SCANS, choose
-from ..language.model import MambaConfig
+from ..connectors.vss import SCANS, VSS, choose
+from ..language.model import MambaConfig, check_arguments
+from ..layers.mamba import Mamba
 from ..vision.images import IMAGENET_COLOURS
 from ..vision.towers import ENCODERS, TOWER_SHAPES
 
@@ -26,12 +27,17 @@ class VLMambaConfig:
     vision: dict              # of build_encoder: ConvEncoder's arguments, or a `kind` and its arguments
     connector: str            # a name in CONNECTORS
     connector_args: dict      # of that connector
-    language: MambaConfig     # or its fields as a dict, as they come from config.json
+    language: MambaConfig | dict        # the fields of one, as they come from config.json, become one
 
     def __post_init__(self):
         if isinstance(self.language, dict):
+            check_arguments("language", self.language, MambaConfig)
             self.language = MambaConfig(**self.language)
-        choose("connector", self.connector, CONNECTORS)
+        check_arguments("configuration", vars(self), VLMambaConfig)
+        connector = choose("connector", self.connector, CONNECTORS)
+        check_arguments("connector_args", self.connector_args, connector, VSS, MVSS, Mamba)
+        if (kind := self.vision.get("kind", "conv")) in ("conv", "vit"):
+            check_arguments("vision", {name: self.vision[name] for name in self.vision if name != "kind"}, ENCODERS[kind])
 
 # %% ../../nbs/model/presets.ipynb #a57ef4f2
 def lite_config(vocab_size):

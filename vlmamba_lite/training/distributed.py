@@ -25,7 +25,7 @@ def process_device(device="auto"):
     "The device of this process: 'cpu', or 'cuda' with a GPU for each process. 'auto': a GPU where there is one."
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
+    return torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
 
 
 def leave_processes():
@@ -47,8 +47,8 @@ class Processes:
         if self.count > 1 and not dist.is_initialized():
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            wait = timedelta(hours=6)                                        # while process 0 evaluates
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=wait)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+                                    timeout=timedelta(hours=6))              # while process 0 evaluates
 
     def sum(self, t):
         "A tensor summed over all processes."
@@ -85,8 +85,7 @@ def shard(learner, device, count):
         dist.broadcast(t, 0)                                                 # all begin with process 0's, as in DDP
     mesh = init_device_mesh(device.type, (count,))
     parts = [*learner.model.vision.modules(), *learner.model.language.modules()]
-    stacks = [m for m in parts if isinstance(m, nn.ModuleList)]
-    for layer in reversed([layer for stack in stacks for layer in stack]):   # inner ones first
+    for layer in reversed([layer for m in parts if isinstance(m, nn.ModuleList) for layer in m]):     # inner ones first
         fully_shard(layer, mesh=mesh)
     fully_shard(learner, mesh=mesh, reshard_after_forward=False)
 

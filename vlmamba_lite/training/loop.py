@@ -22,16 +22,14 @@ from ..language.model import real_labels
 from .checkpoints import has_checkpoint
 from .distributed import Processes, main_process
 from .recipes import count_steps, learning_rate, set_modes
-from .results import MetricsLog, StopRequest, Trackers
+from .results import MetricsLog, StopRequest, Trackers, writing
 from .run import Run
 
 # %% ../../nbs/training/17_loop.ipynb #b07bcf60
 def train_step(learner, optimizers, batches, lr, clip, processes):
     """One update from the micro-batches of a step, on all processes; returns the mean loss over all its learned tokens.
-
-    learner(batch) is a mean loss. `FloatingPointError`, before a weight has changed, if loss or gradient is not finite.
-    """
-    counts = torch.tensor([float(learned_tokens(batch)) for batch in batches], device=processes.device)
+    learner(batch) is a mean loss. `FloatingPointError`, before a weight moves, if loss or gradient is not finite."""
+    counts = torch.tensor([float(learned_tokens(batch)) for batch in batches]).to(processes.device, non_blocking=True)
     shares = counts * processes.count / processes.sum(counts.sum())    # by tokens, or a short answer would count more
     learner.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=processes.device)
@@ -56,7 +54,7 @@ def train_step(learner, optimizers, batches, lr, clip, processes):
 def train_stage(run, stage, done=0):
     "The steps of a stage from `done` on, to its end or until someone asks to stop; returns the steps done."
     checks = stage.checks()
-    data = micro_batches(run.sources[stage.name], stage, run.processes.count, run.processes.rank, done, run.workers)
+    data = micro_batches(run.sources[stage.name], stage, run.processes.count, run.processes.rank, done, **run.loading)
     while done < stage.steps and not run.stopping():
         with run.watch:                                                # CPU and wall seconds, without validation
             batches = next(data)                                       # the micro-batches of this process
@@ -83,21 +81,21 @@ def train_stage(run, stage, done=0):
 def accumulation(stage, processes=1):
     "Micro-batches that each of some processes reads in a step. Raises a `ValueError` where the batch does not divide."
     micro = stage.micro_batch or max(stage.batch_size // processes, 1)
-    if stage.batch_size % (micro * processes):
+    parts, rest = divmod(stage.batch_size, micro * processes)
+    if rest:
         need = f"a multiple of micro_batch {micro} x {processes} processes"
         raise ValueError(f"batch_size: got {stage.batch_size}, need {need}")
-    return stage.batch_size // (micro * processes)
+    return parts
 
 
-def micro_batches(source, stage, processes=1, process=0, start=0, workers=0):
+def micro_batches(source, stage, processes=1, process=0, start=0, workers=0, pin=False):
     "Yields, for each step from `start` on, the micro-batches of one process. source: `Batches` or `VQABatches`."
     each = accumulation(stage, processes)
     parts = each * processes                                           # source[step * parts + part]: a part of a batch
     source = replace(source, batch_size=stage.batch_size, parts=parts)
     mine = range(start * parts + process, stage.steps * parts, processes)
-    loader = iter(DataLoader(source, batch_size=None, sampler=mine, num_workers=workers))
-    for _ in range(start, stage.steps):
-        yield [next(loader) for _ in range(each)]
+    loader = iter(DataLoader(source, batch_size=None, sampler=mine, num_workers=workers, pin_memory=pin))
+    yield from ([next(loader) for _ in range(each)] for _ in range(start, stage.steps))
 
 # %% ../../nbs/training/17_loop.ipynb #e4cd4ea6
 def learned_tokens(batch):
@@ -128,14 +126,15 @@ class Learner(nn.Module):
 
 # %% ../../nbs/training/17_loop.ipynb #b0b5acf7
 def train(model, stages, sources, folder=None, seed=0, evaluate=None, resume=False, on_step=None, on_check=None,
-          log_every=10, parallel="auto", trackers=(), workers=0, best=None):
+          log_every=10, parallel="auto", trackers=(), workers=None, best=None):
     """Trains a `VLMamba` by stages (VL-Mamba, section 4.1), to the end or Ctrl-C; returns (steps, {cpu, wall} seconds).
-
     sources: {stage name: source}, source[step] -> Batch. folder: for checkpoints, log and model; None writes nothing.
     evaluate(model) -> {name: score}, on_step(`StepReport`) and on_check(step, scores) are called in process 0.
     parallel: "auto" (several processes: "ddp"), "ddp" or "fsdp". best: the score that decides, by default the first;
-    "loss..." counts down. Raises a `ValueError` for an argument that does not fit, a
-    `FloatingPointError` with the batch saved, a `RuntimeError` where a frozen tensor moved."""
+    "loss..." counts down. resume: True, or "changed" to go on although data, model or options are not those it began
+    with. workers: processes that prepare batches, by default 2 beside a GPU, none beside a CPU. Raises a `ValueError`
+    for an argument that does not fit, a `FloatingPointError` with the batch saved, a `RuntimeError` where a frozen
+    tensor moved, an `OSError` for a full disk."""
     folder = None if folder is None else Path(folder)
     processes = Processes(model.device, parallel)
     check_run(stages, sources, folder, resume, processes.parallel)
@@ -145,9 +144,9 @@ def train(model, stages, sources, folder=None, seed=0, evaluate=None, resume=Fal
     learner = Learner(model.to(processes.device))
     run = Run(learner, stages, sources, folder, seed, processes, trackers, evaluate, on_step, on_check, log_every,
               workers, best)
-    with StopRequest() as run.stop:
+    with StopRequest() as run.stop, writing(folder if main_process() else None):
         try:
-            checkpoint = run.resume() if resume else None
+            checkpoint = run.resume(resume) if resume else None
             run.log = MetricsLog(folder / "metrics.jsonl", run.step) if folder is not None and main_process() else None
             for stage in run.stages:
                 done = min(run.step - run.began, stage.steps)
@@ -182,8 +181,8 @@ def check_run(stages, sources, folder, resume, parallel="none"):
         if stage.optimizer == "muon":                                  # it needs whole matrices
             raise ValueError(f"stage {stage.name!r}, optimizer: got 'muon', need 'adamw' with parallel='fsdp'")
         if getattr(collate, "func", collate) is collate_packed:        # all processes must run each layer equally often
-            raise ValueError(f"stage {stage.name!r}, collate: got packed lines, "
-                             "need collate or collate_by_image with parallel='fsdp'")
+            need = "collate or collate_by_image with parallel='fsdp'"
+            raise ValueError(f"stage {stage.name!r}, collate: got packed lines, need {need}")
 
 # %% ../../nbs/training/17_loop.ipynb #b9687764
 @torch.no_grad()

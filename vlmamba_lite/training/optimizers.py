@@ -49,11 +49,8 @@ class Muon(torch.optim.Optimizer):
 
 # %% ../../nbs/training/optimizers.ipynb #1d5b3b1a
 def parameter_kinds(model):
-    """{name of a parameter: "matrices", "decayed" or "plain"}, whether it trains or not.
-
-    matrices: weights of Linear and Conv2d, not the head; plain: one-dimensional ones and those marked
-    `_no_weight_decay` (Mamba's official code).
-    """
+    """{name of a parameter: "matrices", "decayed" or "plain"}, whether it trains or not. matrices: weights of Linear
+    and Conv2d, not the head; plain: one-dimensional ones, those marked `_no_weight_decay` (Mamba's official code)."""
     matrices = {m.weight for name, m in model.named_modules()
                 if isinstance(m, (nn.Linear, nn.Conv2d)) and "lm_head" not in name}
     matrices -= {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}                # a tied head
@@ -65,26 +62,19 @@ def parameter_kinds(model):
 def parameter_groups(model, kinds=None):
     "Trainable parameters: {\"matrices\", \"decayed\", \"plain\"} -> {name: p}. kinds: `parameter_kinds`, unsharded."
     kinds = kinds or parameter_kinds(model)
-    groups = {"matrices": {}, "decayed": {}, "plain": {}}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            groups[kinds[name]][name] = p
-    return groups
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return {kind: {n: p for n, p in trained if kinds[n] == kind} for kind in ("matrices", "decayed", "plain")}
 
 
 def build_optimizers(model, stage, kinds=None):
-    """The optimizers of a `Stage`: [Muon for the matrices, AdamW for the rest], or one AdamW; none without parameters.
-
-    kinds: as of `parameter_groups`."""
-    groups = {name: list(params.values()) for name, params in parameter_groups(model, kinds).items()}
-    optimizers, decayed = [], groups["decayed"]
+    "The optimizers of a `Stage`: [Muon for the matrices, AdamW for the rest], or one AdamW; none without parameters."
+    matrices, decayed, plain = (list(params.values()) for params in parameter_groups(model, kinds).values())
     if stage.optimizer == "adamw":
-        decayed = groups["matrices"] + decayed
-    elif groups["matrices"]:
-        optimizers.append(Muon(groups["matrices"], stage.lr, stage.weight_decay))
-    adamw = [dict(params=decayed, weight_decay=stage.weight_decay), dict(params=groups["plain"], weight_decay=0.0)]
-    adamw = [group for group in adamw if group["params"]]
-    return optimizers + ([torch.optim.AdamW(adamw, stage.lr, betas=stage.betas, fused=True)] if adamw else [])
+        matrices, decayed = [], matrices + decayed
+    groups = [dict(params=decayed, weight_decay=stage.weight_decay), dict(params=plain, weight_decay=0.0)]
+    groups = [group for group in groups if group["params"]]
+    muon = [Muon(matrices, stage.lr, stage.weight_decay)] if matrices else []
+    return muon + ([torch.optim.AdamW(groups, stage.lr, betas=stage.betas, fused=True)] if groups else [])
 
 # %% ../../nbs/training/optimizers.ipynb #225b7b36
 class EMA:
@@ -97,18 +87,18 @@ class EMA:
     @torch.no_grad()
     def update(self, model):
         "Takes in the weights as they are after a step."
-        for name, p in model.named_parameters():
-            if name in self.mean:
-                self.mean[name].lerp_(p, 1 - self.decay)
+        weights = dict(model.named_parameters())
+        for name, mean in self.mean.items():
+            mean.lerp_(weights[name], 1 - self.decay)
 
     @torch.no_grad()
     def swap(self, model):
         "Weights and mean change places; a shard stays where it is."
-        for name, p in model.named_parameters():
-            if name in self.mean:
-                weight = p.clone()
-                p.copy_(self.mean[name])
-                self.mean[name].copy_(weight)
+        weights = dict(model.named_parameters())
+        for name, mean in self.mean.items():
+            weight = weights[name].clone()
+            weights[name].copy_(mean)
+            mean.copy_(weight)
 
     @contextmanager
     def swapped(self, model):
