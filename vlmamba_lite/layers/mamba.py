@@ -69,12 +69,11 @@ def conv_backends():
 
 
 def causal_conv1d(x, weight, bias=None, window=None, backend="auto", silu=False):
-    """A depthwise convolution that sees only the past, with SiLU behind it if `silu`: x (b, L, D), weight (D, 1, K),
-    bias (D,), window (b, D, K), the inputs before x, by default zeros -> y (b, L, D), and `seen` (b, K + L, D), window
-    and inputs, for `next_window`.
+    """A depthwise convolution that sees only the past, with SiLU behind it if `silu`; sums in float32 or float64.
 
-    Sums in float32 (float64 for float64 inputs). `backend`: "auto" or one of `conv_backends()`. Raises `ValueError` for
-    another name and `RuntimeError` for a backend that cannot run.
+    x (b, L, D), weight (D, 1, K), bias (D,), window (b, D, K), the inputs before x, or zeros -> y (b, L, D), and
+    `seen` (b, K + L, D), window and inputs, for `next_window`. `backend`: "auto" or one of `conv_backends()`; raises
+    `ValueError` for another name and `RuntimeError` for a backend that cannot run.
     """
     name = "causal_conv1d" if x.is_cuda and x.dtype != torch.float64 else "cpp" if in_memory(x) else "shifted_sums"
     backend = usable(backend, _CONV_BACKENDS, name, "shifted_sums", "conv_backend")
@@ -168,13 +167,13 @@ def unpack_tokens(y, mask, order):
     "The inverse of `pack_tokens`: y (b, L, d), packed mask (b, L), order (b, L) -> tokens at their places, 0 at pads."
     return reorder_tokens(y * mask[..., None], order.argsort(1))
 
-# %% ../../nbs/layers/05_mamba.ipynb #598bb1c5
+# %% ../../nbs/layers/05_mamba.ipynb #3451018b
 class MambaState(NamedTuple):
     "The memory of a Mamba layer: `conv` (b, d_inner, d_conv), the window, and `ssm` (b, d_inner, N), float32."
     conv: Tensor
     ssm: Tensor
 
-# %% ../../nbs/layers/05_mamba.ipynb #3451018b
+
 class Mamba(nn.Module):
     """The Mamba block (arXiv 2312.00752, section 3.4), with names, shapes and first values of the official layer.
 

@@ -21,7 +21,6 @@ from ..ops.ssd import per_head, prepare_dt, ssd
 # %% ../../nbs/layers/06_mamba2.ipynb #e3d558be
 class GatedRMSNorm(nn.Module):
     "`RMSNorm(y silu(z))`, or `RMSNorm(y) silu(z)` with `norm_before_gate`, over each group (official code)."
-
     def __init__(self, dim, groups=1, norm_before_gate=False, eps=1e-5):
         super().__init__()
         require(dim % groups == 0, "groups", groups, f"a divisor of dim = {dim}")
@@ -37,7 +36,7 @@ class GatedRMSNorm(nn.Module):
         v = F.rms_norm(v, v.shape[-1:], eps=self.eps).flatten(-2) * weight
         return (v * gate if self.norm_before_gate else v).to(y.dtype)
 
-# %% ../../nbs/layers/06_mamba2.ipynb #81e30e60
+# %% ../../nbs/layers/06_mamba2.ipynb #ed7ae905
 class Mamba2State(NamedTuple):
     "The memory of a Mamba-2 layer: `conv` (b, d_inner + 2 G N, d_conv) and `ssm` (b, H, P, N), float32."
     conv: Tensor
@@ -51,7 +50,7 @@ def split_sizes(d_inner, headdim, ngroups):
     require(ngroups >= 1 and nheads % ngroups == 0, "ngroups", ngroups, f"a divisor of nheads = {nheads}")
     return nheads
 
-# %% ../../nbs/layers/06_mamba2.ipynb #ed7ae905
+
 class Mamba2(nn.Module):
     """The Mamba-2 block (arXiv 2405.21060, section 7), with names, shapes and first values of the official layer.
 
