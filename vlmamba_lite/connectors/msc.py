@@ -64,8 +64,8 @@ class MVSS(nn.Module):
         z, xBC, dt = self.in_proj(x).split([self.d_inner, self.conv_dim, self.nheads], -1)
         weight, bias = self.conv1d.weight, self.conv1d.bias
         weight, bias = (p if p is None else torch.cat([p] * (K // self.sets)) for p in (weight, bias))
-        xBC, _ = causal_conv1d(along_paths(xBC, order).flatten(2), weight, bias, backend=self.conv_backend)
-        u, B, C = F.silu(xBC).unflatten(2, (K, -1)).split([self.d_inner, GN, GN], -1)
+        xBC, _ = causal_conv1d(along_paths(xBC, order).flatten(2), weight, bias, backend=self.conv_backend, silu=True)
+        u, B, C = xBC.unflatten(2, (K, -1)).split([self.d_inner, GN, GN], -1)
         u = u.unflatten(3, (self.nheads, -1)).flatten(2, 3)              # (b, L, K * H, P)
         B, C = (t.unflatten(3, (self.ngroups, -1)).flatten(2, 3) for t in (B, C))                # (b, L, K * G, N)
         dt = prepare_dt(along_paths(dt, order), self.dt_bias, True, self.dt_limit).flatten(2)    # (b, L, K * H)

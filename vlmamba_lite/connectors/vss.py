@@ -89,7 +89,7 @@ def vss_inputs(mixers, x, order):
     u = u.flatten(1, 2).index_select(1, source.flatten()).view(*x.shape[:2], -1)     # (b, L, K D), along the paths
     convs = [m.conv1d for m in mixers] * (K // S)
     bias = None if first.conv1d.bias is None else joined([conv.bias for conv in convs])
-    u = F.silu(causal_conv1d(u, joined([conv.weight for conv in convs]), bias, backend=first.conv_backend)[0])
+    u, _ = causal_conv1d(u, joined([conv.weight for conv in convs]), bias, backend=first.conv_backend, silu=True)
     parts = u.unflatten(2, (S, K // S, -1)).unbind(2)                    # S times (b, L, K / S, D)
     delta, B, C = (joined(t, 2) for t in zip(*(m.select(part) for m, part in zip(mixers, parts))))     # (b, L, K, .)
     A, D, bias = map(joined, zip(*[m.constants(scan_dtype(u.dtype)) for m in mixers] * (K // S)))
