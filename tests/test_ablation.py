@@ -190,11 +190,13 @@ def test_question_first_is_one_sequence(mixer, monkeypatch):
     turns = [("is red?", "yes"), ("is it red is it?", "no no"), ("red?", "yes"), ("is it?", "yes yes yes")]
     ids, labels = zip(*(encode_turn(WORDS, *turn) for turn in turns))
     prompt = [row.count(-100) for row in labels]
+    logits, finish = [], model.language.output
+    monkeypatch.setattr(model.language, "output", lambda x, *rest: logits.append(model.language.head(x)) or finish(x, *rest))
     output = model(Batch.from_rows(images, pad_rows(ids, 0), pad_rows(labels, -100)))
     losses = []
     for i, own in enumerate(ids):
         want = naive_question_first(model, images[i // 2:i // 2 + 1], torch.tensor(own), prompt[i])
-        assert_close(output.logits[i, :len(want)], want, rtol=1e-5, atol=1e-6)
+        assert_close(logits[0][i, :len(want)], want, rtol=1e-5, atol=1e-6)
         losses.append(torch.nn.functional.cross_entropy(want[:-1], torch.tensor(own[prompt[i]:]), reduction="sum"))
     assert_close(output.loss, sum(losses) / sum(len(own) - p for own, p in zip(ids, prompt)), rtol=1e-5, atol=1e-6, check_dtype=False)
 

@@ -105,7 +105,7 @@ class VLMamba(nn.Module):
             pixels = normalize(process_images([image], self.config.vision["image_size"]))
         else:
             pixels = preprocess(to_rgb(image) if isinstance(image, Image.Image) else image)
-        return pixels.to(self.device, self.dtype)
+        return pixels.to(self.language.lm_head.weight)                              # its device and dtype
 
     @torch.no_grad()
     def read_image(self, image, state=None):
