@@ -78,7 +78,8 @@ def causal_conv1d(x, weight, bias=None, window=None, backend="auto", silu=False)
     """
     name = "causal_conv1d" if x.is_cuda and x.dtype != torch.float64 else "cpp" if in_memory(x) else "shifted_sums"
     backend = usable(backend, _CONV_BACKENDS, name, "shifted_sums", "conv_backend")
-    K, (dtype, inside) = weight.shape[2], (torch.promote_types(x.dtype, other) for other in (weight.dtype, torch.float32))
+    K, dtype = weight.shape[2], torch.promote_types(x.dtype, weight.dtype)
+    inside = torch.promote_types(x.dtype, torch.float32)
     before = x.new_zeros(x.shape[0], K, x.shape[2]) if window is None else window.to(x.dtype).transpose(1, 2)
     seen = torch.cat([before, x], 1)                                     # (b, K + L, D)
     taps, bias = weight[:, 0].T.to(inside).contiguous(), None if bias is None else bias.to(inside)
