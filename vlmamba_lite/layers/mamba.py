@@ -77,7 +77,8 @@ def causal_conv1d(x, weight, bias=None, window=None, backend="auto", silu=False)
     """
     name = "causal_conv1d" if x.is_cuda and x.dtype != torch.float64 else "cpp" if in_memory(x) else "shifted_sums"
     backend = usable(backend, _CONV_BACKENDS, name, "shifted_sums", "conv_backend")
-    K, dtype, inside = weight.shape[2], torch.promote_types(x.dtype, weight.dtype), scan_dtype(x.dtype)
+    K, dtype = weight.shape[2], torch.promote_types(x.dtype, weight.dtype)
+    inside = torch.promote_types(x.dtype, torch.float32)
     before = x.new_zeros(x.shape[0], K, x.shape[2]) if window is None else window.to(x.dtype).transpose(1, 2)
     seen = torch.cat([before, x], 1)                                     # (b, K + L, D)
     taps, bias = weight[:, 0].T.to(inside).contiguous(), None if bias is None else bias.to(inside)
@@ -98,7 +99,7 @@ def next_window(seen, K, lengths=None):
 def conv_step(x_t, window, weight, bias=None):
     "`causal_conv1d` for one token: x_t (b, D), window (b, D, K) -> y_t (b, D), the next window."
     window = torch.cat([window[..., 1:], x_t[..., None].to(window.dtype)], -1)
-    dtype = scan_dtype(x_t.dtype)
+    dtype = torch.promote_types(x_t.dtype, torch.float32)
     y = (window.to(dtype) * weight[:, 0].to(dtype)).sum(-1)
     return (y if bias is None else y + bias).to(torch.promote_types(x_t.dtype, weight.dtype)), window
 
