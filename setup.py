@@ -11,8 +11,8 @@ cfg = parser["DEFAULT"]
 
 LICENSES = {"apache2": "Apache-2.0"}
 LIB = cfg["lib_path"]
-# The embedded data set: in a wheel it lies inside the package, in a checkout it stays in data/.
-DATA = {f"{LIB}.easy_vqa": "data/easy_vqa"}
+# The embedded data sets: in a wheel they lie inside the package, in a checkout they stay in data/.
+DATA = {f"{LIB}.easy_vqa": "data/easy_vqa", f"{LIB}.emoji": "data/emoji"}
 
 
 def words(key):
@@ -35,7 +35,8 @@ setup(
     package_data={**{package: ["*.parquet", "README.md"] for package in DATA}, f"{LIB}.ops": ["*.cpp"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=words("requirements"),
-    extras_require={extra: words(f"{extra}_requirements") for extra in ("dev", "demo", "cuda")},
-    entry_points={"console_scripts": words("console_scripts"), "nbdev": [f"{LIB}={LIB}._modidx:d"]},
+    extras_require={extra: words(f"{extra}_requirements") for extra in ("dev", "demo", "llama", "lmms", "cuda")},
+    entry_points={"console_scripts": words("console_scripts"), "nbdev": [f"{LIB}={LIB}._modidx:d"],
+                  "lmms_eval.models": [f"vlmamba={LIB}.evaluation.lmms:manifest"]},
     zip_safe=False,
 )

@@ -35,7 +35,7 @@ MUTATIONS = (                                                        # (old text
     ("return sums.masked_fill(future.triu(1), -math.inf)", "return sums.masked_fill(future, -math.inf)", "ssd"),
     ("return B.repeat_interleave(H // B.shape[2], 2)", "return B.repeat(1, 1, H // B.shape[2], 1)", "ssd"),
     ("S.add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))", "S.add_(low.unsqueeze(-2)).sub_(low.unsqueeze(-1))", "ssd"),
-    ("left.add_(low[..., -1:]).sub_(low)", "left.sub_(low[..., -1:]).add_(low)", "ssd"),
+    ("left.add_(rest[..., -1:]).sub_(rest)", "left.sub_(rest[..., -1:]).add_(rest)", "ssd"),
     ("h = torch.addcmul(written_k, kept_k, h)", "h = torch.addcmul(kept_k, written_k, h)", "ssd"),
     ("return dt if tuple(dt_limit) == (0., math.inf) else dt.clamp(*dt_limit)", "return dt", "ssd"),
     ("y, h = form(X * dt[..., None], dt * A, B, C, h)", "y, h = form(X, dt * A, B, C, h)", "ssd"),

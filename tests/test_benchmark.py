@@ -2,19 +2,21 @@
 import json
 from dataclasses import replace
 
+from measures import lively
 import pytest
 import torch
 from torch.testing import assert_close
 
-from vlmamba_lite.evaluation import benchmarks, cost, gpu
-from vlmamba_lite.evaluation.benchmarks import (CARDS, bench_block, bench_directions, bench_generation, bench_scaling, bench_training, block_parts,
+from vlmamba_lite.evaluation import benchmarks, cost, gpu, llama
+from vlmamba_lite.evaluation.benchmarks import (CARDS, bench_block, bench_directions, bench_generation, bench_scaling, bench_scan, bench_ssd, bench_training, block_parts,
                                                 exponents, mamba_peer, most_held, random_model, runnable_blocks, scaling_models,
                                                 scan_inputs_of, scan_peers, ssd_inputs_of, ssd_peer, step_operations, training_form, use_blocks)
 from vlmamba_lite.evaluation.cost import (compared, comparison_table, fit_power, peak_bytes, read_result, side_by_side, state_bytes,
                                           training_step)
+from vlmamba_lite.language.model import MambaConfig, MambaLM
 from vlmamba_lite.layers.mamba import Mamba
 from vlmamba_lite.model.memory import count_parameters
-from vlmamba_lite.ops.selective_scan import selective_scan
+from vlmamba_lite.ops.selective_scan import backends, resolve, selective_scan
 from vlmamba_lite.ops.ssd import ssd_chunked
 from vlmamba_lite.training.recipes import RECIPES
 
@@ -70,9 +72,15 @@ def test_memory_of_a_step_is_that_of_its_tensors():
     assert peak_bytes(lambda: x.view(10, 100)) == 0
 
 
-@pytest.mark.parametrize("peer", ["transformers", "mambapy"])
-def test_scan_peers_compute_our_scan(peer):
-    pytest.importorskip(peer)
+@pytest.fixture
+def traced(monkeypatch):
+    "torch.compile without its slow second half: the program is traced, and with it transformers' choice of another scan."
+    monkeypatch.setattr(benchmarks, "compiled", lambda form: torch.compile(form, backend="eager", dynamic=False))
+
+
+@pytest.mark.parametrize("peer", ["transformers", "transformers, compiled", "mambapy"])
+def test_scan_peers_compute_our_scan(peer, traced):
+    pytest.importorskip(peer.split(",")[0])
     inputs = scan_inputs_of((2, 8, 21, 4))
     for got, want in zip(training_step(scan_peers()[peer], inputs)(), training_step(selective_scan, inputs)()):
         assert_close(got, want, rtol=1e-3, atol=1e-4)
@@ -96,11 +104,27 @@ def test_block_parts_run_and_are_named():
     assert used[0] == 1 + len(list(block.parameters())) and min(used) >= 2        # each part has a gradient, the block all of them
 
 
-def test_small_benchmarks_hold_what_the_chapter_reads(monkeypatch):
+def test_what_auto_takes_is_raced_first_and_names_are_taken(monkeypatch, traced):
+    pytest.importorskip("mambapy")
+    for module in (benchmarks, cost):
+        monkeypatch.setattr(module, "side_by_side", lambda forms, repeats=1: side_by_side(forms, repeats, turn=1e-4))
+    monkeypatch.setattr(benchmarks, "SCAN_SHAPES", tuple((peer, (1, 4, 5, 2)) for peer in ("transformers, compiled", "mambapy")))
+    monkeypatch.setattr(benchmarks, "LONGEST", {"chunked": 16})
+    monkeypatch.setattr(benchmarks, "SSD_SHAPES", ((1, 8, 2, 4, 4),))
+    rows = bench_scan(repeats=1)["peers"]
+    usual = [name for name in dict.fromkeys((resolve("auto", torch.ones(1, 1, 1), torch.ones(1, 1)), "chunked", "cpp")) if backends()[name] is None]
+    assert [row["backend"] for row in rows[:len(usual)]] == usual and {row["peer"] for row in rows} == {"transformers, compiled", "mambapy"}
+    assert {row["backend"] for row in bench_scan(repeats=1, backend=["reference"])["peers"]} == {"reference"}
+    rows = bench_ssd(repeats=1)["peers"]
+    assert [(row["peer"], row["peer_chunk"]) for row in rows] == [(peer, chunk) for chunk in (256, 64) for peer in ("transformers", "transformers, compiled")]
+
+
+def test_small_benchmarks_hold_what_the_chapter_reads(monkeypatch, traced):
     for module in (benchmarks, cost):
         monkeypatch.setattr(module, "side_by_side", lambda forms, repeats=1: side_by_side(forms, repeats, turn=1e-4))
     pytest.importorskip("transformers")
     result = bench_block(d_model=16, batch=1, length=8, repeats=1)
+    assert [row["peer"] for row in result["peers"]] == ["transformers", "transformers, compiled"]
     assert result["peers"][0]["ratio"] > 0 and [p["part"] for p in result["parts"]][0] == "whole block"
     rows = bench_directions(dim=8, grids=((2, 3),), repeats=1)["directions"]
     assert [(row["grid"], row["shared"]) for row in rows] == [((2, 3), True), ((2, 3), False)]
@@ -227,7 +251,7 @@ def test_what_cannot_be_measured_is_said():
 def test_a_part_that_fails_does_not_stop_the_rest(tmp_path):
     "On the CPU with the smallest stand-in, a part that fails and one that never ends, which takes no time from those after it."
     parts = {"fails": gpu.Part(0.05, "", "no_such_module"), "stuck": gpu.Part(0.05, "", "http.server --bind 127.0.0.1 0"),
-             "generation": gpu.PARTS["generation"], "left out": gpu.Part(1, "", "this")}
+             "generation": gpu.GPU_PARTS["generation"], "left out": gpu.Part(1, "", "this")}
     seen = []
     result = gpu.bench_gpu(tmp_path / "new", 4, ["fails", "stuck", "generation"], "cpu", parts, seen.append)
     rows = json.loads((tmp_path / "new" / "gpu.json").read_text())["parts"]
@@ -270,3 +294,26 @@ def test_the_command_says_what_failed(tmp_path, monkeypatch):
         monkeypatch.setattr(gpu, "bench_gpu", bench_gpu)
         said = CliRunner().invoke(bench, ["gpu", "--only", "lite", "--minutes", "3", "--output", str(tmp_path), "--device", "cpu"])
         assert said.exit_code == code and f"lite: {'exit code 1' if code else 'passed'}, 2.5 s" in said.output, said.output
+
+
+# --- beside llama.cpp -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mixer, args", [("mamba", {"d_state": 16}), ("mamba2", {"d_state": 64, "headdim": 64})])
+def test_llama_cpp_writes_our_tokens(mixer, args, monkeypatch):
+    "The same weights in both, read from a GGUF file; every number of the weights has been moved, so that none is missed."
+    for package in ("gguf", "xllamacpp"):
+        pytest.importorskip(package)
+    model = lively(MambaLM(MambaConfig(128, 2, 304, mixer=mixer, mixer_args=args))).eval()
+    monkeypatch.setattr(llama, "MambaLM", lambda config: model)
+    [row] = llama.bench_llama(9, 12, 1, models={"small": model.config}, threads=(1,))["llama"]
+    assert row["ours"]["tokens_per_second"] > 0 and row["llama.cpp"]["prompt_tokens_per_second"] > 0 and row["limit_tokens_per_second"] > 0
+    other = lively(MambaLM(model.config), seed=1).eval()
+    monkeypatch.setattr(llama, "our_writer", lambda _, write=llama.our_writer: write(other))
+    with pytest.raises(RuntimeError, match="^small: llama.cpp wrote "):
+        llama.bench_llama(9, 12, 1, models={"small": model.config}, threads=(1,))
+
+
+def test_llama_without_its_packages(monkeypatch):
+    monkeypatch.setattr(llama.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="bench llama needs gguf, which is not installed: pip install gguf xllamacpp"):
+        llama.bench_llama()

@@ -538,7 +538,7 @@ def test_mistakes_in_asking(run, picture, tmp_path):
             (run.folder, "torn.png", QUESTION, r"torn\.png"), (run.folder, "empty.png", QUESTION, r"empty\.png"),
             (run.folder, tmp_path, QUESTION, str(tmp_path)), ("no/model", "notes.png", "", r"notes\.png"),
             (run.folder, picture, " ", "question: got ' ', need at least one word"),
-            (run.folder, picture, "what colour is it?", "never read: colour, it;")):
+            (run.folder, picture, "what colour is it?", "never read: it;")):
         said = vlmamba("ask", model, seen, question)
         is_a_mistake(said, match)
         assert said.out == ""
@@ -774,11 +774,11 @@ def test_pictures_and_new_beginnings(speaker, picture, types, tmp_path):
 
 
 def test_mistakes_in_a_conversation_do_not_end_it(run, speaker, picture, types, tmp_path):
-    said = types(["/save early.state", "/picture no.png", "/picture", "/save", "/sing", "/help", "what colour?", QUESTION], run.folder, picture, "--tokens", 8)
+    said = types(["/save early.state", "/picture no.png", "/picture", "/save", "/sing", "/help", "what lorry?", QUESTION], run.folder, picture, "--tokens", 8)
     lines = said.err.splitlines()
     assert said.code == 0 and len(lines) == 6 and all(line.startswith("vlmamba: ") for line in lines), said
     for line, match in zip(lines, ("/save: got a conversation without a turn", "image: no file no.png", "/picture: got no file", "/save: got no file",
-                                   "chat: got /sing, need /picture, /new, /save, /help, /quit", "never read: colour")):
+                                   "chat: got /sing, need /picture, /new, /save, /help, /quit", "never read: lorry")):
         assert match in line
     assert "/picture PATH" in said.out and not Path("early.state").exists()
     assert said.out.splitlines()[-1] == vlmamba("ask", run.folder, picture, QUESTION).out.strip()

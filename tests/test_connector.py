@@ -1,5 +1,8 @@
-"""The connectors against their equations written out, at several grids, dtypes and options; the cost against PyTorch's counter."""
+"""The connectors against their equations written out, at several grids, dtypes and options; the cost against PyTorch's counter.
+
+What holds for every connector is tried on all of the registry: a new one is among them as soon as it has a name there."""
 import copy
+import inspect
 
 from measures import rms_error
 import pytest
@@ -8,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import vlmamba_lite.connectors.msc  # noqa: F401 - adds its connectors to the registry
 from vlmamba_lite.connectors.connectors import CONNECTORS as REGISTRY
 from vlmamba_lite.connectors.connectors import MLPConnector, VSSL2Connector, VSSMLPConnector, connector_flops
 from vlmamba_lite.connectors.vss import VSS, choose, scan_order, vss_directions
@@ -20,6 +24,16 @@ def make(kind, **args):
     if kind is not MLPConnector:
         args = {"d_state": 4, "expand": 1, "dt_rank": 3} | args
     return kind(12, 20, **args)
+
+
+def arguments(name):
+    return inspect.signature(REGISTRY[name]).parameters
+
+
+def small(name, **args):
+    "A connector of the registry; those that scan take the arguments of the layer inside."
+    torch.manual_seed(0)
+    return REGISTRY[name](12, 20, **({"d_state": 4, "expand": 1} if "scan" in arguments(name) else {}) | args)
 
 
 def linear(x, p, name):
@@ -71,23 +85,23 @@ def test_vss_l2_with_the_identity_has_a_closed_form():
 
 
 @pytest.mark.parametrize("size", [(7, 7), (1, 1), (9, 5), (1, 13), (24, 24), (27, 27), (27, 30)])
-@pytest.mark.parametrize("kind", CONNECTORS)
-def test_any_grid(kind, size):
-    y = make(kind)(torch.randn(1, size[0] * size[1], 12), size)
+@pytest.mark.parametrize("name", REGISTRY)
+def test_any_grid(name, size):
+    y = small(name)(torch.randn(1, size[0] * size[1], 12), size)
     assert y.shape == (1, size[0] * size[1], 20) and y.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", CONNECTORS)
-def test_bfloat16(kind):
-    connector, x = make(kind), torch.randn(2, 35, 12)
+@pytest.mark.parametrize("name", REGISTRY)
+def test_bfloat16(name):
+    connector, x = small(name), torch.randn(2, 35, 12)
     want = connector(x, (5, 7))
     got = connector.bfloat16()(x.bfloat16(), (5, 7))
     assert got.dtype == torch.bfloat16 and rms_error(got, want) < 0.03
 
 
-@pytest.mark.parametrize("kind", CONNECTORS)
-def test_rows_of_a_batch_do_not_meet(kind):
-    connector, x = make(kind), torch.randn(3, 12, 12)
+@pytest.mark.parametrize("name", REGISTRY)
+def test_rows_of_a_batch_do_not_meet(name):
+    connector, x = small(name), torch.randn(3, 12, 12)
     torch.testing.assert_close(connector(x, (3, 4))[1:2], connector(x[1:2], (3, 4)))
 
 
@@ -136,9 +150,84 @@ def test_errors_name_the_argument():
     for match, call in calls.items():
         with pytest.raises(ValueError, match=match):
             call()
-    for kind in CONNECTORS:
+    for name in REGISTRY:
         with pytest.raises(ValueError, match=r"tokens: got shape \(1, 6, 12\), need \(batch, 2 \* 4, 12\)"):
-            make(kind)(x, (2, 4))
+            small(name)(x, (2, 4))
+
+
+@pytest.mark.parametrize("size", [(-4, -3), (0, 5), (4.0, 3.0), 12, (1, 4, 3), None, "43", (12,)])
+@pytest.mark.parametrize("name", REGISTRY)
+def test_refuses_grids_that_are_none(name, size):
+    with pytest.raises(ValueError, match=r"^size: got .*, need \(height, width\), whole numbers of at least 1$"):
+        small(name)(torch.randn(1, 12, 12), size)
+
+
+@pytest.mark.parametrize("tokens, said", [(torch.zeros(1, 12, 12, dtype=torch.int32), "got torch.int32, need floating point"),
+                                          (torch.zeros(0, 12, 12), r"got shape \(0, 12, 12\)"), (torch.zeros(12, 12), "got shape"),
+                                          (torch.zeros(1, 12, 11), "got shape"), (torch.zeros(1, 11, 12), "got shape")], ids=range(5))
+@pytest.mark.parametrize("name", REGISTRY)
+def test_refuses_tokens_that_do_not_fit(name, tokens, said):
+    with pytest.raises(ValueError, match=f"^tokens: {said}"):
+        small(name)(tokens, (4, 3))
+
+
+@pytest.mark.parametrize("value", [0, -3, 8.5, "8", None])
+@pytest.mark.parametrize("name", REGISTRY)
+def test_refuses_widths_that_are_none(name, value):
+    for which, args in (("vision_dim", (value, 20)), ("language_dim", (12, value))):
+        with pytest.raises(ValueError, match=f"^{which}: got {value!r}, need a whole number of at least 1$"):
+            REGISTRY[name](*args)
+    if value is not None and "hidden_dim" in arguments(name):
+        with pytest.raises(ValueError, match=f"^hidden_dim: got {value!r}, need a whole number of at least 1$"):
+            REGISTRY[name](12, 20, hidden_dim=value)
+
+
+# --- every Linear is a module that is called: adapters, hooks and quantization take hold of it -----------------------
+
+OPTIONS = [{}, {"scan": "csm"}, {"scan": "csm", "shared": False}, {"scan": "csm", "shared": True, "merge": "mean", "bias": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_low_rank_adapter_on_any_linear_learns(name, options):
+    "As LoRA adds it, by a forward hook: each is called and gets a gradient."
+    if options and "scan" not in arguments(name):
+        pytest.skip("it does not scan")
+    connector, x, adapters = small(name, **options), torch.randn(2, 12, 12), {}
+    for path, layer in connector.named_modules():
+        if isinstance(layer, nn.Linear):
+            adapters[path] = 0.1 * torch.randn(layer.in_features, layer.out_features)
+            adapters[path].requires_grad_()
+            layer.register_forward_hook(lambda _, args, y, extra=adapters[path]: y + args[0] @ extra)
+    connector(x, (3, 4)).square().sum().backward()
+    dead = [path for path, extra in adapters.items() if extra.grad is None or not extra.grad.norm() > 0]
+    assert adapters and not dead
+
+
+# --- whole graphs ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_compiles_whole(name):
+    "One graph for each batch and grid."
+    connector = small(name)
+    compiled = torch.compile(connector, fullgraph=True, backend="eager", dynamic=False)
+    for batch, size in ((2, (3, 4)), (1, (5, 2))):
+        x = torch.randn(batch, size[0] * size[1], 12, requires_grad=True)
+        results = []
+        for f in (connector, compiled):
+            y = f(x, size)
+            results.append([y, *torch.autograd.grad(y.square().sum(), [x, *connector.parameters()])])
+        for got, want in zip(*results):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_exports(name):
+    "torch.export for one batch and grid: the scans plan their work by the shape."
+    connector, x = small(name).eval(), torch.randn(2, 12, 12)
+    with torch.no_grad():
+        exported = torch.export.export(connector, (torch.randn(2, 12, 12), (3, 4))).module()
+        torch.testing.assert_close(exported(x, (3, 4)), connector(x, (3, 4)))
 
 
 @pytest.mark.parametrize("scan, shared", [("bsm", True), ("csm", True), ("csm", False)])
@@ -172,9 +261,9 @@ def test_paper_size():
     assert counts == [mlp, mlp + vss(1152) + 1152, mlp + vss(2560) + 2560]
 
 
-@pytest.mark.parametrize("kind", CONNECTORS)
-def test_a_connector_learns(kind):
-    connector, x = make(kind), torch.randn(4, 12, 12)
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_connector_learns(name):
+    connector, x = small(name), torch.randn(4, 12, 12)
     target = torch.randn(4, 12, 20)
     optimizer = torch.optim.AdamW(connector.parameters(), 1e-2)
     losses = []

@@ -53,7 +53,8 @@ class Elsewhere(TorchDispatchMode):
             args = (args[0], chosen, *args[2:])
         if func is aten._to_copy.default and args[0].is_meta and torch.device(kwargs.get("device") or "meta").type == "cpu":
             self.wait()
-            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+            dtype = kwargs.get("dtype") or args[0].dtype       # whole numbers may be places: all different
+            return torch.arange(args[0].numel(), dtype=dtype).view(args[0].shape) if dtype == torch.int64 else torch.ones(args[0].shape, dtype=dtype)
         if func is aten.equal.default and args[0].is_meta:
             self.wait()
             return True
@@ -123,18 +124,17 @@ def steps_of(model, source, stage, elsewhere, monkeypatch):
 
 
 def check_waits(waits, parts=1):
-    "Once in a step, for the number in the log; and in each micro-batch where the loss asks which labels there are."
+    "Once in a step, for the number in the log; and in each micro-batch where the loss asks which labels there are, forward and backward."
     for step in waits:
-        assert len([wait for wait in step if not wait.startswith("language/model.py")]) <= 1, step
-        assert len(step) <= 1 + 2 * parts, step
+        assert len([wait for wait in step if not wait.startswith("language/model.py") and "part.backward()" not in wait]) == 1, step
+        assert len(step) <= 1 + 4 * parts, step
 
 
-@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+@pytest.mark.parametrize("mixer, optimizer", [("mamba", "adamw"), ("mamba2", "muon")])
 @pytest.mark.parametrize("connector", list(CONNECTORS))
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_training_step_waits_once(make_model, small, elsewhere, monkeypatch, connector, mixer, optimizer):
-    stage = Stage(steps=2, batch_size=4, micro_batch=2, optimizer=optimizer, ema=0.9, recompute=mixer == "mamba", precision="bf16")
-    source = VQABatches(small.train, 2, 4, questions=2)
+    stage = Stage(steps=1, batch_size=4, micro_batch=2, optimizer=optimizer, ema=0.9, recompute=mixer == "mamba", precision="bf16")
+    source = VQABatches(small.train, 1, 4, questions=2)
     check_waits(steps_of(make_model(connector, mixer), source, stage, elsewhere, monkeypatch), parts=2)
 
 

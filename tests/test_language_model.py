@@ -939,3 +939,12 @@ def test_configuration():
     with pytest.raises(ValueError, match="^mixer_args: got 'headdim', need some of d_model, d_state, "):
         MambaConfig(mixer_args=dict(headdim=2))
     MambaConfig(mixer_args=dict(dt_rank=3, expand=1.5)), MambaConfig(mixer="mamba2", mixer_args=dict(dt_limit=[0., math.inf]))
+
+
+@both
+def test_the_model_is_one_graph(mixer):
+    lm, ids = make(mixer, torch.float32, n_layer=1), tokens(2, 9)
+    graph = torch.compile(lm, fullgraph=True, backend="eager")
+    torch.testing.assert_close(graph(ids).logits, lm(ids).logits)
+    labels = ids.masked_fill(ids < 9, -100)
+    torch.testing.assert_close(graph(ids, labels=labels).loss, lm(ids, labels=labels).loss)

@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from fractions import Fraction as F
@@ -709,6 +710,22 @@ def test_eval_goes_on_with_the_same_model(small, make_model, saved, monkeypatch)
     assert said.code == 2 and "checksums.weights: got" in said.err and path.read_bytes() == whole[:5000]
     make_model().save_pretrained(saved)
     assert vlmamba(*arguments, "--resume").code == 0 and path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("where", ["weight", "norm_eps"])
+def test_eval_of_a_damaged_model_is_an_error(small, make_model, saved, monkeypatch, where):
+    "NaN in one weight, or in the configuration, is no score of 0 %: one line, and no result."
+    monkeypatch.setattr(metrics, "load_easy_vqa", lambda split: small.rows)
+    model = make_model()
+    if where == "weight":
+        with torch.no_grad():
+            model.language.backbone.norm_f.weight[0] = float("nan")
+    else:
+        model.config.language.norm_eps = float("nan")
+    model.save_pretrained(saved)
+    said = vlmamba("eval", saved, "--benchmark", "easy_vqa", "--device", "cpu")
+    assert said.code == 2 and said.err.count("\n") == 1 and re.search("nan", said.err, re.I), said
+    assert not (saved / "eval/easy_vqa/result.json").exists()
 
 
 def test_eval_of_files_with_words_the_model_knows(small, saved, tmp_path):

@@ -295,7 +295,7 @@ def test_a_state_has_one_size_for_every_picture(make_model):
 
 @pytest.mark.parametrize("question, match", [
     ("", "^question: got '', need at least one word$"), (" \n ", "^question: got .* need at least one word$"),
-    ("what colour is the lorry?", "^question: got words this model has never read: colour, lorry; it knows: .*circle"),
+    ("what colour is the lorry?", "^question: got words this model has never read: lorry; it knows: .*circle"),
     ("<pad> <nothing>", "^question: ")])
 def test_a_question_it_cannot_read(make_model, question, match):
     model = make_model().eval()

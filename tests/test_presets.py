@@ -192,6 +192,9 @@ def test_activations_are_near_what_a_step_holds(mixer, connector, trains, checkp
     model = small_model(mixer, connector)
     train_only(model, trains)
     model.language.backbone.recompute = checkpointing
+    for layer in model.modules():
+        if hasattr(layer, "conv_backend"):                       # the estimate is of PyTorch's operations; the C++ kernels keep less
+            layer.backend, layer.conv_backend = "chunked", "shifted_sums"
     images, ids = torch.randn(4, 3, 64, 64), torch.randint(0, 500, (4, 64))
 
     def step():
@@ -312,7 +315,7 @@ def test_every_connector_can_be_named(connector):
     (lambda: preset_config("vl-mamba-2.8b", language="mamba-7b"), "^language: got 'mamba-7b', need one of"),
     (lambda: preset_config("vl-mamba-2.8b", vision="eva"), "^vision: got 'eva', need one of"),
     (lambda: preset_config("vl-mamba-2.8b", vision="siglip + eva"), "^vision: got 'siglip', need one of"),
-    (lambda: preset_config("vl-mamba-2.8b", connector_args=dict(scam=1)), "^connector_args: vss_l2 got an unexpected keyword argument 'scam'$"),
+    (lambda: preset_config("vl-mamba-2.8b", connector_args=dict(scam=1)), "^connector_args: got 'scam', need some of .*scan, "),
     (lambda: preset_config("vl-mamba/t4/mlp", connector_args=dict(scan="bsm")), "^connector_args: mlp got an unexpected .* 'scan'$")])
 def test_what_is_refused(call, match):
     one_line(call, match)
@@ -446,7 +449,7 @@ def test_parts_that_are_something_else(parts):
     one_line(lambda: VLMamba.from_parts(eye, eye, tokenizer=byte_tokenizer()), "model_type: got ")
     one_line(lambda: VLMamba.from_parts(eye, words, tokenizer=byte_tokenizer(["a cat sat on the mat with a hat"] * 9, 270)), "^.*vocab_size: got [0-9]+, need 1 to 260")
     one_line(lambda: VLMamba.from_parts(eye, words, "cnn"), "^connector: got 'cnn'")
-    one_line(lambda: VLMamba.from_parts(eye, words, connector_args=dict(scam=1)), "^connector_args: vss_l2 got an unexpected")
+    one_line(lambda: VLMamba.from_parts(eye, words, connector_args=dict(scam=1)), "^connector_args: got 'scam', need some of ")
     one_line(lambda: VLMamba.from_preset("vl-mamba-2.8b", weights="mine"), "^weights: got 'mine', need 'random', 'published', or a dict")
     one_line(lambda: VLMamba.from_preset("vl-mamba-2.8b", weights=dict(eye=1)), r"^weights: got \['eye'\], need")
     one_line(lambda: VLMamba.from_preset("tiny", weights="published"), "^weights: got 'published' for the preset 'tiny', which has none")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scan_cases import DIFFERENTIABLE, FAST, OURS, REFERENCE, assert_near, cast, draw, outputs_and_gradients
 
-from vlmamba_lite.ops.selective_scan import backends, selective_scan
+from vlmamba_lite.ops.selective_scan import backends, resolve, selective_scan
 from vlmamba_lite.ops.chunked import selective_scan_chunked
 from vlmamba_lite.ops.reference import selective_scan_reference
 
@@ -297,4 +297,5 @@ def test_second_gradients_are_right_or_an_error(backend):
 def test_auto_is_a_backend_that_runs():
     assert backends()[REFERENCE] is None and backends()["chunked"] is None
     args = draw()
-    assert torch.equal(selective_scan(**args), selective_scan(**args, backend="chunked"))
+    taken = resolve("auto", args["u"], args["A"])
+    assert backends()[taken] is None and torch.equal(selective_scan(**args), selective_scan(**args, backend=taken))

@@ -141,8 +141,8 @@ def test_auto_takes_what_can_run(monkeypatch):
     for reason in (None, "no"):
         for name in ("chunked", "cpp", "mamba_ssm"):
             monkeypatch.setitem(ssd_module._SSD_BACKENDS, name, (lambda *_, name=name, **__: called.append(name), lambda name=name: None if name == "chunked" else reason))
-        for moved in (args, cuda, {k: v.to("meta") for k, v in args.items()}):
-            ssd(**moved)
+        for tensors in (args, cuda, {k: v.to("meta") for k, v in args.items()}):
+            ssd(**tensors)
     assert called == ["cpp", "mamba_ssm", "chunked", "chunked", "chunked", "chunked"]
 
 
@@ -185,8 +185,24 @@ def test_half_precision_inputs_float32_inside(form, autocast):
         y, h = form(**a, dt_softplus=True, chunk_size=8, return_final_states=True)
     want_y, want_h = ssd_recurrent(**{k: v.double() for k, v in a.items()}, dt_softplus=True, return_final_states=True)
     assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
+    if autocast and form is ssd_chunked:                                         # its products were, and only they
+        assert 1e-4 < rms_error(h, want_h) < 5e-3 and rms_error(y, want_y) < 8e-3
+        return
     assert rms_error(h, want_h) < 1e-6                                           # nothing inside was rounded to bfloat16
     assert rms_error(y, want_y) < 3e-3                                           # the output was, once
+
+
+def test_chunks_under_autocast_lose_no_more_than_a_rounding():
+    "Products in bfloat16, sums and states in float32: the error does not grow with the length, values and gradients alike."
+    errors = {}
+    for L in (64, 1024):
+        args = inputs(1, L, 2, 16, 1, 16, dtype=torch.float32)
+        want = everything(ssd_recurrent, {k: v.detach().double().requires_grad_() for k, v in args.items()})
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = everything(ssd_chunked, args, chunk_size=64)
+        assert {i.dtype for i in got} == {torch.float32}
+        errors[L] = [rms_error(g, w) for g, w in zip(got, want)]
+    assert max(errors[1024][:4]) < 1e-2 and all(long < 2 * short + 2e-3 for short, long in zip(errors[64][:4], errors[1024][:4])), errors
 
 
 def test_segment_sum_by_hand():

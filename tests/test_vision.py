@@ -1,7 +1,11 @@
 """The vision encoders: slow twins in float64, the models and image processors of transformers as peers, what they refuse."""
 import json
+import struct
 import subprocess
 import sys
+import tracemalloc
+import warnings
+import zlib
 
 from measures import rms_error
 import numpy as np
@@ -12,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from vlmamba_lite.data.pictures import open_image, to_rgb
 from vlmamba_lite.vision.encoders import ConvEncoder, ViT, conv_stage, resize_positions
 from vlmamba_lite.vision.images import CLIP_COLOURS, Preprocess, load_preprocess, preprocess_from_config
 from vlmamba_lite.vision.towers import (
@@ -419,7 +424,9 @@ def test_settings_from_the_hub(monkeypatch, tmp_path):
 @pytest.mark.parametrize("bad,message", [
     (torch.rand(3, 8, 8), "got float32"), (np.zeros((8, 8)), "got float64"), (np.zeros((8, 8, 4), np.uint8), "need bytes with 3 channels"),
     (torch.zeros(1, 8, 8, dtype=torch.uint8), "need bytes with 3 channels"), ("cat.png", "got str"), ([], "got none"), (None, "NoneType"),
-    (np.zeros((0, 8, 3), np.uint8), "at least 1x1"), ([[1, 2]], "got list"), (Image.new("RGB", (1, 500)), "100 to 1")])
+    (np.zeros((0, 8, 3), np.uint8), "at least 1x1"), ([[1, 2]], "got list"), (Image.new("RGB", (1, 500)), "100 to 1"),
+    (torch.zeros(3, 8, 8, dtype=torch.bfloat16), "got bfloat16"), (Image.new("F", (8, 8), 0.5), "got a picture of mode F, need 8 bits a channel"),
+    (Image.new("I;16", (8, 8), 900), "got a picture of mode I;16"), (Image.new("I", (8, 8), 900), "got a picture of mode I,")])
 def test_preprocess_refuses(bad, message):
     with pytest.raises(ValueError, match=f"images: .*{message}"):
         Preprocess(8, (8, 8))(bad if isinstance(bad, list) or getattr(bad, "ndim", 0) == 3 or isinstance(bad, Image.Image) else [bad])
@@ -436,6 +443,44 @@ def test_preprocess_batches():
                 dict(size=8, resample="cubic"), dict(size=True)):
         with pytest.raises(ValueError, match="(size|crop|mean|std|resample): got"):
             Preprocess(**bad)
+
+
+# ---- files of pictures
+
+def png(width, height):
+    "A small file whose header tells of a picture this large; its pixels are not all there."
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(3 * width + 1))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("width,height", [(8_000, 8_000), (10_000, 10_000), (13_000, 13_000), (20_000, 20_000)])
+def test_a_picture_too_large_is_refused_by_its_header_in_one_line(width, height, tmp_path):
+    "Between Pillow's two limits (89 and 178 megapixels) it warns of its own accord; 20,000 x 20,000 is above both."
+    (tmp_path / "large.png").write_bytes(png(width, height))
+    tracemalloc.start()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(ValueError, match=r"^image: .*large.png cannot be read: .*(pixels, need at most 50,000,000|exceeds limit)[^\n]*$"):
+            open_image(tmp_path / "large.png")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not said and peak < 2 ** 20
+
+
+@pytest.mark.parametrize("levels", [np.linspace(0, 1, 64), np.linspace(0, 255, 64)], ids=["0 to 1", "0 to 255"])
+def test_floating_point_tiffs_keep_their_levels(levels, tmp_path):
+    Image.fromarray(levels.reshape(8, 8).astype(np.float32)).save(tmp_path / "float.tiff")
+    got = np.asarray(to_rgb(open_image(tmp_path / "float.tiff")))
+    want = 255 * levels.reshape(8, 8) / levels.max()
+    assert got.shape == (8, 8, 3) and np.abs(got - want[..., None]).max() < 1 and got.max() == 255
+
+
+@pytest.mark.parametrize("levels", [[[0, np.nan]], [[-0.1, 1]], [[0, 256.0]], [[0, np.inf]]])
+def test_floating_point_pictures_of_other_levels_are_refused(levels):
+    with pytest.raises(ValueError, match="^image: got levels from .* to .*, need 8 or 16 bits$"):
+        to_rgb(Image.fromarray(np.array(levels, np.float32)))
 
 
 # ---- pretrained towers
@@ -609,11 +654,23 @@ def test_loading_refuses(tmp_path):
     (lambda: SigLIP({**TOWER_SHAPES["tiny-siglip"], "num_channels": 1}), "config: got num_channels 1, need 3"),
     (lambda: SigLIP("tiny-siglip", layer=4), "layer: got 4, need a whole number from -4 to 3"),
     (lambda: SigLIP("tiny-siglip", layer=-5), "layer: got -5"), (lambda: SigLIP("tiny-siglip", layer=1.0), "layer: got 1.0"),
-    (lambda: build_encoder({"kind": "sigclip"}), r"kind: got 'sigclip', need one of \['clip', 'conv'")])
+    (lambda: SigLIP(), "config: got None, need a dict or one of"),
+    (lambda: build_encoder({"kind": "sigclip"}), r"kind: got 'sigclip', need one of \['clip', 'conv'"),
+    (lambda: build_encoder({"kind": ["conv"]}), r"kind: got \['conv'\], need one of"),
+    (lambda: build_encoder({"dim": 8, "dims": 3}), "vision: .*unexpected keyword argument 'dims'"),
+    (lambda: build_encoder({"dim": 0}), "dim: got 0, need a whole number of at least 1"),
+    (lambda: build_encoder({"kind": "vit", "dim": 8, "depth": "4"}), "depth: got '4', need a whole number"),
+    (lambda: build_encoder(["conv"]), "vision: "), (lambda: build_encoder({"kind": "fused"}), "vision: 'towers'"),
+    (lambda: build_encoder({"kind": "fused", "towers": "abc"}), "vision: "), (lambda: build_encoder({"kind": "fused", "towers": []}), "towers: got none"),
+    (lambda: build_encoder({"kind": "clip", "config": "tiny-clip", "preprocess": {"sizes": 8}}), "vision: .*'sizes'"),
+    (lambda: build_encoder({"kind": "clip", "config": {"hidden_size": "x"}}), "vision: .*"),
+    (lambda: build_encoder({"kind": "clip", "config": {"hidden_size": 30, "num_attention_heads": 4}}), "vision: .*"),
+    (lambda: build_encoder({"kind": "clip", "config": {"hidden_act": "nix"}}), "vision: .*nix")])
 def test_towers_refuse(make, message):
     pytest.importorskip("transformers")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         make()
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("encoder", ["tower", "vit"])
@@ -743,6 +800,39 @@ def test_attention_of_the_vit():
     assert rms_error(block(x), y + block.mlp(block.norm2(y))) < 1e-5
     torch.testing.assert_close(attention_map(model, images, (3, 1)), weights[:, :, 7].unflatten(-1, grid))
     torch.testing.assert_close(attention_map(model, images).sum((2, 3)), torch.ones(2, 3))
+
+
+# ---- whole graphs
+
+GRAPHS = {"conv": lambda: encoder().eval(), "vit": lambda: vit(image_size=32), "fused": lambda: FusedEncoder([toy("tiny-dinov2"), toy("tiny-siglip")]),
+          **{name: lambda name=name: toy(name) for name in TOYS}}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_compiles_whole(name):
+    "One graph; the small encoders with the gradients of their weights."
+    model = GRAPHS[name]()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for batch in (2, 3):
+        images, results = torch.rand(batch, 3, 32, 32) * 2 - 1, []
+        for f in (model, compiled):
+            tokens, grid = f(images)
+            grads = torch.autograd.grad(tokens.square().sum(), list(model.parameters())) if tokens.requires_grad else ()
+            results.append([tokens, *grads])
+            assert tuple(grid) in ((4, 4), (8, 8))
+        for got, want in zip(*results):
+            assert rms_error(got, want) < 1e-4
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_exports(name):
+    "torch.export for any batch of pictures of one size."
+    model, batch = GRAPHS[name]().eval(), torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        exported = torch.export.export(model, (torch.rand(2, 3, 32, 32) * 2 - 1,), dynamic_shapes=({0: batch},)).module()
+        for n in (1, 2, 5):
+            images = torch.rand(n, 3, 32, 32) * 2 - 1
+            torch.testing.assert_close(exported(images)[0], model(images)[0], rtol=1e-4, atol=1e-4)
 
 
 # ---- light

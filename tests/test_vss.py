@@ -212,7 +212,7 @@ def test_the_fused_kernel_named_where_it_cannot_run_says_so(make, monkeypatch):
 
 def test_a_kept_order_is_one_tensor():
     cpu = torch.device("cpu")
-    vss._kept_order.cache_clear()
+    vss._order_once.cache_clear()
     with torch.inference_mode():
         kept = vss._kept_order(2, 3, "csm", cpu)
     assert kept is vss._kept_order(2, 3, "csm", cpu) and not kept.is_inference()

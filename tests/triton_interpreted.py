@@ -16,7 +16,7 @@ from scan_cases import DIFFERENTIABLE, assert_near, cast, draw, outputs_and_grad
 from vlmamba_lite.evaluation import kernels
 from vlmamba_lite.ops.reference import selective_scan_reference
 from vlmamba_lite.ops.triton import INTERPRETED, _PLACES, _scan_backward_op, _scan_op, selective_scan_triton
-from vlmamba_lite.connectors.vss import VSS, _kept_order, scan_order
+from vlmamba_lite.connectors.vss import VSS, _kept_order, _order_once, scan_order
 
 assert INTERPRETED or torch.cuda.is_available(), "needs TRITON_INTERPRET=1 in the environment, or a CUDA GPU"
 if not INTERPRETED:
@@ -362,7 +362,7 @@ def test_a_kept_order_is_a_constant_to_the_compiler(monkeypatch):
     def loss(u):
         return selective_scan_triton(**{**args, "u": u}, order=_kept_order(2, 3, "bsm", device)).square().sum()
 
-    _kept_order.cache_clear()
+    _order_once.cache_clear()
     with torch.inference_mode():
         loss(args["u"])
     assert _kept_order(2, 3, "bsm", device) is _kept_order(2, 3, "bsm", device)

@@ -18,15 +18,18 @@ from .options import Names, Seed, Threads, clean_errors, console, option
 # %% ../../nbs/cli/bench.ipynb #149ca753
 bench = typer.Typer(no_args_is_help=True, help="Measure, and write a result file.")
 BENCHES = {                                                                        # name -> (its options, help)
-    "scan": ({"repeats": 5}, "The selective scan: against transformers and mamba.py, and against the length."),
-    "ssd": ({"repeats": 5}, "Mamba-2's SSD against transformers, at two chunk lengths."),
-    "block": ({"repeats": 5}, "A Mamba block: against transformers' slow path, and part by part."),
+    "scan": ({"repeats": 5, "backend": None},
+             "The selective scan: against transformers, plain and compiled, and mamba.py, and against the length."),
+    "ssd": ({"repeats": 5}, "Mamba-2's SSD against transformers, plain and compiled, at two chunk lengths."),
+    "block": ({"repeats": 5}, "A Mamba block: against transformers, plain and compiled, and part by part."),
     "directions": ({"repeats": 5}, "A VSS layer with four directions against one layer on a sequence 4 times as long."),
     "scaling": ({"repeats": 3}, "Mamba, Mamba-2 and attention of one size, reading up to 65,536 tokens, writing one."),
     "training": (dict(preset="vl-mamba-2.8b", rows=8, length=512, batch_size=128, repeats=5),
                  "Steps of stage 2: tokens/s, share of the card's limit, memory; our blocks and the official ones."),
     "generation": (dict(preset="vl-mamba-2.8b", tokens=256, repeats=5),
                    "Writing by the papers' protocol, batch 1, beside memory's limit and the papers' figures."),
+    "llama": (dict(prompt=512, tokens=64, repeats=5), "Reading and writing beside llama.cpp: the same weights and "
+                                                      "tokens on one and two threads, and memory's limit."),
     "kernels": (dict(shape=None, case=None), "The fused Triton kernels: times and errors on a GPU, instruction counts "
                                              "without one. Exit code 2 without triton."),
     "prefix": ({"repeats": 7}, "What reading a picture once for all its questions saves, in one training step."),
@@ -37,6 +40,8 @@ OPTIONS = {
     "preset": option(str, "a preset of vlmamba train; those of the papers need a CUDA GPU", "NAME"),
     "rows": option(int, "rows in a micro-batch", "N", min=1), "steps": option(int, "time N batches", "N", min=1),
     "length": option(int, "tokens of text in a row", "N", min=2),
+    "prompt": option(int, "tokens to read", "N", min=1),
+    "backend": option(Names, "a backend of ours; may be repeated  \\[default: auto's, then the other]", "NAME"),
     "batch_size": option(int, "rows in a step", "N", min=1), "tokens": option(int, "tokens to write", "N", min=1),
     "shape": option(Names, "only this shape, as 130m or 'L = 7'; may be repeated  \\[default: all]", "NAME"),
     "case": option(Names, "only this case: bare, D, all; may be repeated  \\[default: all three]", "NAME")}
@@ -51,7 +56,9 @@ def run_bench(name, threads, settings):
             raise ValueError("bench kernels needs triton, which is not installed")
         result = import_module("vlmamba_lite.evaluation.kernels").bench_kernels(settings["shape"], settings["case"])
         return result, f"kernels_{'gpu' if 'times' in result else 'static'}"
-    measure = getattr(import_module("vlmamba_lite.evaluation.benchmarks"), f"bench_{name}")
+    from vlmamba_lite.evaluation import benchmarks, llama
+    measure = getattr(llama if name == "llama" else benchmarks, f"bench_{name}")
+    settings = {option: value for option, value in settings.items() if value is not None}
     if name not in ("prefix", "loader"):
         return measure(**settings), f"bench_{name}"
     model, sets = import_module("vlmamba_lite.cli.runs").prepare("lite", settings["seed"])
@@ -90,6 +97,12 @@ def add_bench(name, usual, text):
         for cost in result.get("costs", []):
             console.print(f"{cost['questions']} questions a picture: {cost['ratio']:.2f}x cheaper, "
                           f"{cost['once_cpu_seconds']:.3f} CPU s a step")
+        for row in result.get("llama", []):
+            ours, theirs = row["ours"], row["llama.cpp"]
+            share = ours["tokens_per_second"] / row["limit_tokens_per_second"]
+            ratios = [ours[k] / theirs[k] for k in ("prompt_tokens_per_second", "tokens_per_second")]
+            console.print(f"{row['model']}, {row['threads']} threads: reads {ratios[0]:.2f}x and writes "
+                          f"{ratios[1]:.2f}x as fast as llama.cpp, at {100 * share:.0f} % of the limit")
         if "times_faster" in result:
             console.print(f"the loader is {result['times_faster']}x faster than training")
         if name == "kernels":

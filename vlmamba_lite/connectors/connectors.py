@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .vss import VSS, check_tokens, choose
+from ..vision.encoders import check_sizes
 
 # %% ../../nbs/connectors/11_connectors.ipynb #2e8d509f
 ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}
@@ -19,7 +20,8 @@ NORMS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
 
 
 def _two_layers(vision_dim, language_dim, hidden_dim, activation):
-    hidden_dim, act = hidden_dim or language_dim, choose("activation", activation, ACTIVATIONS)
+    hidden_dim, act = language_dim if hidden_dim is None else hidden_dim, choose("activation", activation, ACTIVATIONS)
+    check_sizes(vision_dim=vision_dim, language_dim=language_dim, hidden_dim=hidden_dim)
     return nn.Sequential(nn.Linear(vision_dim, hidden_dim), act(), nn.Linear(hidden_dim, language_dim))
 
 
@@ -45,6 +47,7 @@ class VSSMLPConnector(nn.Module):
     def __init__(self, vision_dim, language_dim, scan="bsm", hidden_dim=None, norm="rmsnorm", activation="gelu",
                  **vss_args):
         super().__init__()
+        check_sizes(vision_dim=vision_dim)
         self.vision_dim, self.language_dim = vision_dim, language_dim
         self.vss = VSS(vision_dim, scan, **vss_args)
         self.norm = choose("norm", norm, NORMS)(vision_dim, eps=1e-5)
@@ -62,7 +65,8 @@ class VSSL2Connector(nn.Module):
     Open in the paper: `hidden_dim`, where VSS runs (language_dim by default), `norm` (of `NORMS`)."""
     def __init__(self, vision_dim, language_dim, scan="bsm", hidden_dim=None, norm="rmsnorm", **vss_args):
         super().__init__()
-        hidden_dim = hidden_dim or language_dim
+        hidden_dim = language_dim if hidden_dim is None else hidden_dim
+        check_sizes(vision_dim=vision_dim, language_dim=language_dim, hidden_dim=hidden_dim)
         self.vision_dim, self.language_dim = vision_dim, language_dim
         self.linear1 = nn.Linear(vision_dim, hidden_dim)
         self.vss = VSS(hidden_dim, scan, **vss_args)

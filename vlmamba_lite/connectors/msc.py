@@ -19,6 +19,7 @@ from ..layers.mamba import causal_conv1d, init_dt_bias, no_weight_decay
 from ..layers.mamba2 import GatedRMSNorm, split_sizes
 from ..ops.reference import scan_dtype
 from ..ops.ssd import prepare_dt, ssd
+from ..vision.encoders import check_sizes
 
 # %% ../../nbs/connectors/12_msc.ipynb #61dd1fa7
 def along_paths(x, order):
@@ -41,8 +42,10 @@ class MVSS(nn.Module):
         self.K = 2 * len(choose("scan", scan, SCANS))                    # directions
         self.d_state, self.d_conv, self.ngroups, self.dt_limit = d_state, d_conv, ngroups, tuple(dt_limit)
         self.chunk_size, self.backend, self.conv_backend = chunk_size, backend, conv_backend
+        check_sizes(dim=dim, d_state=d_state, d_conv=d_conv, ngroups=ngroups, chunk_size=chunk_size)
         self.d_inner = int(expand * dim)
         self.headdim = math.gcd(64, self.d_inner) if headdim == "auto" else headdim
+        check_sizes(**{"expand * dim": self.d_inner}, headdim=self.headdim)
         self.nheads = split_sizes(self.d_inner, self.headdim, ngroups)
         self.conv_dim = self.d_inner + 2 * ngroups * d_state
         self.sets = S = 1 if shared else self.K                          # sets of weights for the directions
@@ -61,8 +64,8 @@ class MVSS(nn.Module):
         z, xBC, dt = self.in_proj(x).split([self.d_inner, self.conv_dim, self.nheads], -1)
         weight, bias = self.conv1d.weight, self.conv1d.bias
         weight, bias = (p if p is None else torch.cat([p] * (K // self.sets)) for p in (weight, bias))
-        xBC, _ = causal_conv1d(along_paths(xBC, order).flatten(2), weight, bias, backend=self.conv_backend)
-        u, B, C = F.silu(xBC).unflatten(2, (K, -1)).split([self.d_inner, GN, GN], -1)
+        xBC, _ = causal_conv1d(along_paths(xBC, order).flatten(2), weight, bias, backend=self.conv_backend, silu=True)
+        u, B, C = xBC.unflatten(2, (K, -1)).split([self.d_inner, GN, GN], -1)
         u = u.unflatten(3, (self.nheads, -1)).flatten(2, 3)              # (b, L, K * H, P)
         B, C = (t.unflatten(3, (self.ngroups, -1)).flatten(2, 3) for t in (B, C))                # (b, L, K * G, N)
         dt = prepare_dt(along_paths(dt, order), self.dt_bias, True, self.dt_limit).flatten(2)    # (b, L, K * H)
@@ -108,8 +111,10 @@ class MSCSwiGLU(nn.Module):
     "`w3(silu(w1 x) * w2 x)` (arXiv 2002.05202) with biases, as in ML-Mamba's code; `hidden_dim` is dim by default."
     def __init__(self, dim, hidden_dim=None):
         super().__init__()
-        self.w1, self.w2 = nn.Linear(dim, hidden_dim or dim), nn.Linear(dim, hidden_dim or dim)
-        self.w3 = nn.Linear(hidden_dim or dim, dim)
+        hidden_dim = dim if hidden_dim is None else hidden_dim
+        check_sizes(swiglu_dim=hidden_dim)
+        self.w1, self.w2 = nn.Linear(dim, hidden_dim), nn.Linear(dim, hidden_dim)
+        self.w3 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x):
         "x (..., dim) -> (..., dim), each token by itself."
@@ -155,6 +160,9 @@ class MambaScanConnector(nn.Module):
         defaults, released = choose("variant", variant, VARIANTS), variant == "released"
         blocks, norm = defaults["blocks"] if blocks is None else blocks, norm or defaults["norm"]
         args = dict(merge=defaults["merge"], inner_norm=defaults["inner_norm"], scan=scan, form=form, norm=norm) | args
+        check_sizes(vision_dim=vision_dim, language_dim=language_dim)
+        if not isinstance(blocks, int) or blocks < 0:
+            raise ValueError(f"blocks: got {blocks!r}, need a whole number of at least 0")
         if released and form != "advanced":
             raise ValueError(f"form: got {form!r}, need 'advanced' with variant='released'")
         self.vision_dim, self.language_dim, self.form, self.variant = vision_dim, language_dim, form, variant
@@ -162,7 +170,8 @@ class MambaScanConnector(nn.Module):
         self.stem = nn.Sequential(nn.Linear(vision_dim, dim), nn.GELU()) if released else nn.Identity()
         self.blocks = nn.ModuleList(block(dim, **args) for _ in range(blocks))
         self.norm = choose("norm", norm, NORMS)(dim, eps=1e-5) if released else nn.Identity()
-        act, hidden_dim = choose("activation", activation, ACTIVATIONS), hidden_dim or 4 * dim
+        act, hidden_dim = choose("activation", activation, ACTIVATIONS), 4 * dim if hidden_dim is None else hidden_dim
+        check_sizes(hidden_dim=hidden_dim)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden_dim), act(), nn.Linear(hidden_dim, language_dim), act(),
                                  nn.Linear(language_dim, language_dim))
         for layer in self.mlp[::2] if released else ():

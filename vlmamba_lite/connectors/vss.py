@@ -16,6 +16,7 @@ from torch import nn
 from ..layers.mamba import Mamba, causal_conv1d
 from ..ops.selective_scan import resolve, selective_scan
 from ..ops.reference import scan_dtype
+from ..vision.encoders import check_sizes
 
 # %% ../../nbs/connectors/10_vss.ipynb #d58172f9
 PATHS = {"rows": lambda grid: grid.flatten(),            # name -> function: patch numbers (height, width) -> path (L,)
@@ -25,7 +26,7 @@ SCANS = {"bsm": ["rows"], "csm": ["rows", "columns"]}    # name -> its paths; th
 
 def choose(argument, name, table):
     "The entry of a dict, or the name itself if it is one of some names; a `ValueError` names the argument otherwise."
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"{argument}: got {name!r}, need one of {sorted(table)}")
     return table[name] if isinstance(table, dict) else name
 
@@ -88,7 +89,7 @@ def vss_inputs(mixers, x, order):
     u = u.flatten(1, 2).index_select(1, source.flatten()).view(*x.shape[:2], -1)     # (b, L, K D), along the paths
     convs = [m.conv1d for m in mixers] * (K // S)
     bias = None if first.conv1d.bias is None else joined([conv.bias for conv in convs])
-    u = F.silu(causal_conv1d(u, joined([conv.weight for conv in convs]), bias, backend=first.conv_backend)[0])
+    u, _ = causal_conv1d(u, joined([conv.weight for conv in convs]), bias, backend=first.conv_backend, silu=True)
     parts = u.unflatten(2, (S, K // S, -1)).unbind(2)                    # S times (b, L, K / S, D)
     delta, B, C = (joined(t, 2) for t in zip(*(m.select(part) for m, part in zip(mixers, parts))))     # (b, L, K, .)
     A, D, bias = map(joined, zip(*[m.constants(scan_dtype(u.dtype)) for m in mixers] * (K // S)))
@@ -112,18 +113,24 @@ def vss_fast(mixers, x, order):
     return y if bias is None else y + (K // S - 1) * bias
 
 # %% ../../nbs/connectors/10_vss.ipynb #d0b18e39
+_order_once = lru_cache(maxsize=64)(torch.inference_mode(False)(scan_order))     # so that it can serve training later
+
+
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)                                             # so that it can serve training later
 def _kept_order(height, width, kind, device):
     "The same tensor every time: the fused kernel checks an order when it first sees it, and that waits for the GPU."
-    return scan_order(height, width, kind, device)
+    return _order_once(height, width, kind, device)
 
 
 def check_tokens(x, size, dim, name="x"):
-    "Raises one `ValueError` unless `name` is a (b, height × width, dim) tensor for size = (height, width)."
+    "Raises one `ValueError` unless size is a grid (height, width) and `name` a float (b, height × width, dim) for it."
+    right = isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, (int, torch.SymInt)) for n in size)
+    if not right or min(size) < 1:
+        raise ValueError(f"size: got {size!r}, need (height, width), whole numbers of at least 1")
     height, width = size
-    if x.ndim != 3 or tuple(x.shape[1:]) != (height * width, dim):
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: got {x.dtype}, need floating point")
+    if x.ndim != 3 or tuple(x.shape[1:]) != (height * width, dim) or x.shape[0] < 1:
         need = f"(batch, {height} * {width}, {dim}) for the grid {height} x {width}"
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, need {need}")
 
@@ -137,6 +144,7 @@ class VSS(nn.Module):
         super().__init__()
         if mixer != "mamba" and not callable(mixer):
             raise ValueError(f"mixer: got {mixer!r}, need 'mamba' or a function of (dim, **mixer_args)")
+        check_sizes(dim=dim)
         self.dim, self.scan, self.shared, self.merge = dim, scan, shared, choose("merge", merge, ("sum", "mean"))
         self.K, make = 2 * len(choose("scan", scan, SCANS)), Mamba if mixer == "mamba" else mixer
         self.mixers = nn.ModuleList(make(dim, **mixer_args) for _ in range(1 if shared else self.K))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'SHAPES', 'VALIDATION_IMAGES', 'QUESTION_TYPES', 'CAPTION_QUESTION', 'ROW_TYPES', 'PHASES',
-           'easy_vqa_folder', 'load_easy_vqa', 'easy_vqa_set', 'question_type', 'caption', 'VQASet', 'build_set',
-           'draw_questions', 'VQABatches']
+           'embedded_folder', 'easy_vqa_folder', 'load_easy_vqa', 'easy_vqa_set', 'question_type', 'caption', 'VQASet',
+           'build_set', 'draw_questions', 'VQABatches']
 
 # %% ../../nbs/data/easy_vqa.ipynb #3b511283
 import re
@@ -28,14 +28,19 @@ SHAPES = ("circle", "rectangle", "triangle")
 VALIDATION_IMAGES = 400
 
 
-def easy_vqa_folder():
-    "The folder of the embedded data set: in an installed package, or in a checkout. Raises `FileNotFoundError`."
+def embedded_folder(name, file, title):
+    "The folder of a data set with that file: in an installed package, or in a checkout. Raises `FileNotFoundError`."
     package = Path(vlmamba_lite.__file__).resolve().parent
-    places = (package / "easy_vqa", package.parent / "data" / "easy_vqa")
+    places = (package / name, package.parent / "data" / name)
     for folder in places:
-        if (folder / "train.parquet").is_file():
+        if (folder / file).is_file():
             return folder
-    raise FileNotFoundError(f"easy-VQA: no train.parquet in {places[0]} or {places[1]}")
+    raise FileNotFoundError(f"{title}: no {file} in {places[0]} or {places[1]}")
+
+
+def easy_vqa_folder():
+    "The folder of the embedded easy-VQA, as of `embedded_folder`."
+    return embedded_folder("easy_vqa", "train.parquet", "easy-VQA")
 
 
 def load_easy_vqa(split):

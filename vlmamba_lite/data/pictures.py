@@ -8,6 +8,7 @@ __all__ = ['LARGEST_PICTURE', 'SIDE_WORDS', 'COLOR_WORDS', 'read_picture', 'open
 
 # %% ../../nbs/data/pictures.ipynb #822beb24
 import re
+import warnings
 from itertools import chain
 from pathlib import Path
 
@@ -22,7 +23,10 @@ LARGEST_PICTURE = 50_000_000     # pixels
 def read_picture(file, name):
     "The picture in a path or an open file, upright. Raises a `ValueError` of one line with `name` and the reason."
     try:
-        with Image.open(file) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)    # the limit here is lower, in one line
+            opened = Image.open(file)                                  # the header only
+        with opened as image:
             if image.width * image.height > LARGEST_PICTURE:
                 raise ValueError(f"got {image.width}x{image.height} pixels, need at most {LARGEST_PICTURE:,}")
             if getattr(image, "is_animated", False) and image.format != "MPO":     # MPO: a phone's photo with a preview
@@ -48,8 +52,10 @@ def to_rgb(image):
     "A PIL picture of any mode -> RGB: transparent is white, of 16 bits the upper 8 stay. `ValueError` for wider."
     if image.mode.startswith(("I", "F")):
         levels = np.asarray(image)
-        if levels.min() < 0 or levels.max() > (255 if image.mode == "F" else 65_535):
+        if not (levels.min() >= 0 and levels.max() <= (255 if image.mode == "F" else 65_535)):       # NaN fails it, too
             raise ValueError(f"image: got levels from {levels.min()} to {levels.max()}, need 8 or 16 bits")
+        if image.mode == "F" and levels.max() <= 1:                    # levels from 0 to 1, as most floating point has
+            levels = np.rint(255 * levels)
         wide = image.mode.startswith("I;") or levels.max() > 255       # mode I holds either
         image = Image.fromarray((levels.astype(np.int32) >> (8 if wide else 0)).astype(np.uint8))
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCAN_SHAPES', 'LONGEST', 'SSD_SHAPES', 'CARDS', 'BLOCKS', 'WRITING', 'peer', 'scan_inputs_of', 'mambapy_scan',
-           'scan_peers', 'bench_scan', 'ssd_inputs_of', 'ssd_peer', 'bench_ssd', 'block_parts', 'mamba_peer',
-           'bench_block', 'bench_directions', 'scaling_models', 'bench_scaling', 'exponents', 'step_operations',
-           'runnable_blocks', 'use_blocks', 'random_model', 'random_rows', 'most_held', 'training_form',
-           'bench_training', 'gpu_name', 'bench_generation', 'bench_prefix', 'bench_loader']
+           'compiled', 'scan_peers', 'bench_scan', 'ssd_inputs_of', 'ssd_peer', 'bench_ssd', 'block_parts',
+           'mamba_peer', 'bench_block', 'bench_directions', 'scaling_models', 'bench_scaling', 'exponents',
+           'step_operations', 'runnable_blocks', 'use_blocks', 'random_model', 'random_rows', 'most_held',
+           'training_form', 'bench_training', 'gpu_name', 'bench_generation', 'bench_prefix', 'bench_loader']
 
 # %% ../../nbs/evaluation/benchmarks.ipynb #5ef2fd65
 import importlib
@@ -34,8 +34,8 @@ from ..model.memory import count_parameters
 from ..model.presets import MODEL_PRESETS
 from ..model.vlmamba import VLMamba
 from ..ops.reference import require
-from ..ops.selective_scan import backends, selective_scan
-from ..ops.ssd import ssd_backends, ssd_chunked
+from ..ops.selective_scan import backends, resolve, selective_scan
+from ..ops.ssd import ssd, ssd_backends
 from ..training.distributed import Processes
 from ..training.loop import Learner, train_step
 from ..training.optimizers import build_optimizers
@@ -68,27 +68,41 @@ def mambapy_scan(u, delta, A, B, C, D):
     return ((states @ C.unsqueeze(3)).squeeze(3) + D * u).mT
 
 
+def compiled(form):
+    "`form` under torch.compile, for one shape at a time; its first call takes up to a minute."
+    return torch.compile(form, dynamic=False)
+
+
 def scan_peers():
-    "The scans to compare with, by the name of their library."
-    return {"transformers": peer("transformers.models.mamba.modeling_mamba", "mamba_selective_scan", "transformers"),
+    """The scans to compare with, by the name of their library.
+
+    transformers' loop over tokens, and what its models run under torch.compile: PyTorch's associative scan."""
+    loop = peer("transformers.models.mamba.modeling_mamba", "mamba_selective_scan", "transformers")
+    return {"transformers": loop, "transformers, compiled": compiled(partial(loop, use_associative_scan=True)),
             "mambapy": mambapy_scan}
 
 # %% ../../nbs/evaluation/benchmarks.ipynb #8b513232
-SCAN_SHAPES = (("transformers", (2, 256, 64, 16)), ("transformers", (2, 256, 256, 16)),
+SCAN_SHAPES = (("transformers", (2, 256, 64, 16)), ("transformers, compiled", (2, 256, 64, 16)),
+               ("transformers", (2, 256, 256, 16)), ("transformers, compiled", (2, 256, 256, 16)),
                ("mambapy", (2, 1536, 1024, 16)))                     # library, (b, D, L, N)
 LONGEST = {"reference": 2048, "hillis_steele": 1024, "blelloch": 2048, "chunked": 8192, "cpp": 8192,
            "transformers": 512}
 
 
-def bench_scan(repeats=5, seed=0):
+def bench_scan(repeats=5, seed=0, backend=()):
     """Forward and backward of our scans: against other libraries', and seconds and peak bytes for lengths 16, 32, ...
 
-    peers: for each of `SCAN_SHAPES` and two backends. lengths: (1, 64, L, 16), up to each scan's of `LONGEST`."""
+    peers: for each of `SCAN_SHAPES` and each named backend, by default what "auto" takes and the other of chunked and
+    cpp. lengths: (1, 64, L, 16), up to each scan's of `LONGEST`."""
     peers, lengths, others = [], [], scan_peers()
-    for (name, shape), backend in itertools.product(SCAN_SHAPES, ("chunked", "cpp")):
-        forms = {"ours": partial(selective_scan, backend=backend), "theirs": others[name]}
+    u, _, A, *_ = scan_inputs_of((1, 1, 1, 1))
+    usual = dict.fromkeys((resolve("auto", u, A), "chunked", "cpp"))
+    names = backend or [name for name in usual if backends()[name] is None]
+    for (name, shape), ours in itertools.product(SCAN_SHAPES, names):
+        forms = {"ours": partial(selective_scan, backend=ours), "theirs": others[name]}
         steps = {who: training_step(form, scan_inputs_of(shape, seed)) for who, form in forms.items()}
-        peers.append(dict(peer=name, shape=shape, backend=backend, **compared(steps, repeats, memory=True)))
+        steps["theirs"]()                                                                           # compiles
+        peers.append(dict(peer=name, shape=shape, backend=ours, **compared(steps, repeats, memory=True)))
     scans = {name: others.get(name) or partial(selective_scan, backend=name) for name in LONGEST}
     for length in (2**k for k in range(4, max(LONGEST.values()).bit_length())):
         inputs = scan_inputs_of((1, 64, length, 16), seed)
@@ -116,13 +130,14 @@ def ssd_peer():
 
 
 def bench_ssd(repeats=5, seed=0):
-    "Forward and backward of our chunked SSD and of transformers', in float32 on the CPU."
-    peers, theirs = [], ssd_peer()
-    for shape, chunk in itertools.product(SSD_SHAPES, (256, 64)):
-        forms = {"ours": lambda *x: ssd_chunked(*x[:5], D=x[5], chunk_size=64),
-                 "theirs": lambda *x, chunk=chunk: theirs(*x[:5], chunk, D=x[5])}
+    "Forward and backward of our SSD, chunks of 64, and of transformers', plain and compiled, in float32 on the CPU."
+    peers, theirs = [], {"transformers": ssd_peer(), "transformers, compiled": compiled(ssd_peer())}
+    for shape, chunk, name in itertools.product(SSD_SHAPES, (256, 64), theirs):
+        forms = {"ours": lambda *x: ssd(*x[:5], D=x[5], chunk_size=64),
+                 "theirs": lambda *x, chunk=chunk, form=theirs[name]: form(*x[:5], chunk, D=x[5])}
         steps = {who: training_step(form, ssd_inputs_of(shape, seed)) for who, form in forms.items()}
-        peers.append(dict(peer="transformers", shape=shape, peer_chunk=chunk, **compared(steps, repeats, memory=True)))
+        steps["theirs"]()                                                                           # compiles
+        peers.append(dict(peer=name, shape=shape, peer_chunk=chunk, **compared(steps, repeats, memory=True)))
     return dict(peers=peers)
 
 # %% ../../nbs/evaluation/benchmarks.ipynb #3e0d58d8
@@ -140,7 +155,7 @@ def block_parts(block, batch, length, seed=0):
     scan = u.mT, delta.mT, -torch.exp(block.A_log), B.mT, C.mT, block.D, z.mT
     parts = {"whole block": (block, [x]),
              "in_proj, out_proj": (lambda x: block.out_proj(block.in_proj(x)[..., :block.d_inner]), [x]),
-             "convolution, SiLU": (lambda u: F.silu(causal_conv1d(u, block.conv1d.weight, block.conv1d.bias)[0]), [u]),
+             "convolution, SiLU": (lambda u: causal_conv1d(u, block.conv1d.weight, block.conv1d.bias, silu=True)[0], [u]),
              "x_proj, dt_proj": (select, [u]),
              "scan with D, gate, softplus": (lambda *a: selective_scan(*a, None, True, backend=block.backend), scan)}
     return {name: training_step(f, inputs, block) for name, (f, inputs) in parts.items()}
@@ -156,15 +171,17 @@ def mamba_peer(block):
     return other
 
 
-def bench_block(d_model=128, batch=4, length=256, repeats=5, seed=0):
-    "A Mamba block's training step: against transformers' slow path, and part by part."
+def bench_block(d_model=128, batch=2, length=256, repeats=5, seed=0):
+    "A Mamba block's training step: against transformers' mixer, plain and compiled, and part by part."
     torch.manual_seed(seed)
-    block = Mamba(d_model)
+    block, peers = Mamba(d_model), []
     other, x = mamba_peer(block), torch.randn(batch, length, d_model)
-    steps = {"ours": training_step(block, [x], block), "theirs": training_step(other, [x], other)}
-    row = dict(peer="transformers", shape=(batch, length, d_model), **compared(steps, repeats))
+    for name, form in {"transformers": other, "transformers, compiled": compiled(other)}.items():
+        steps = {"ours": training_step(block, [x], block), "theirs": training_step(form, [x], other)}
+        steps["theirs"]()                                                                           # compiles
+        peers.append(dict(peer=name, shape=(batch, length, d_model), **compared(steps, repeats)))
     parts = side_by_side(block_parts(block, batch, length, seed), repeats)
-    return dict(peers=[row], parts=[dict(part=name, **times) for name, times in parts.items()])
+    return dict(peers=peers, parts=[dict(part=name, **times) for name, times in parts.items()])
 
 
 def bench_directions(dim=256, grids=((7, 7), (14, 14), (27, 27)), repeats=5, seed=0):

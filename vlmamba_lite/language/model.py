@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'LARGEST', 'KINDS', 'LOGITS_AT_ONCE', 'check_arguments', 'MambaConfig', 'read_stream', 'SwiGLU', 'Block',
-           'Backbone', 'real_labels', 'next_token_loss', 'LMOutput', 'MambaLM', 'check_range', 'check_inputs',
+           'Backbone', 'check_range', 'real_labels', 'next_token_loss', 'LMOutput', 'MambaLM', 'check_inputs',
            'last_token', 'select_state', 'clone_state', 'save_state', 'load_state']
 
 # %% ../../nbs/language/07_model.ipynb #0de8ee9a
@@ -33,7 +33,7 @@ from ..layers.mamba2 import Mamba2
 MIXERS = {"mamba": Mamba, "mamba2": Mamba2, "attention": Attention}
 
 
-LARGEST = 2 ** 22                       # of any number in a configuration: what is above is a slip, and would fill the memory
+LARGEST = 2 ** 22                       # of any number in a configuration: what is above is a slip and would fill the m
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "named values",
          type(None): "nothing"}
 
@@ -51,7 +51,8 @@ def check_arguments(where, given, *makers):
         kind = float if name == "expand" else kind
         fits = isinstance(value, {float: int | float, str: str | int, tuple: tuple | list}.get(kind, kind))
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not fits or (number and not 0 <= value <= LARGEST) or (isinstance(value, bool) and kind in (int, float, str)):
+        fits &= not isinstance(value, bool) or kind not in (int, float, str)
+        if not fits or (number and not 0 <= value <= LARGEST):
             need = " or ".join(KINDS.get(k, k.__name__) for k in get_args(kind) or [kind])
             limits = f" from 0 to {LARGEST:,}" if "number" in need else ""
             raise ValueError(f"{name}: got {reprlib.repr(value)}, need {need}{limits}")
@@ -76,7 +77,8 @@ class MambaConfig:
         check_arguments("configuration", vars(self), MambaConfig)
         if self.mixer not in MIXERS:
             raise ValueError(f"mixer: got {self.mixer!r}, need one of {sorted(MIXERS)}")
-        for name, most in dict(d_model=2 ** 17, n_layer=1024, vocab_size=2 ** 22, pad_vocab_size_multiple=2 ** 22).items():
+        limits = dict(d_model=2 ** 17, n_layer=1024, vocab_size=LARGEST, pad_vocab_size_multiple=LARGEST)
+        for name, most in limits.items():
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name}: got {getattr(self, name)}, need 1 to {most:,}")
         check_arguments("mixer_args", self.mixer_args, MIXERS[self.mixer])
@@ -173,7 +175,16 @@ class Backbone(nn.Module):
         return x, states if return_state else None
 
 # %% ../../nbs/language/07_model.ipynb #0de743b5
-LOGITS_AT_ONCE = 2 ** 26                # of the positions that learn: 0.3 GB in float32, three times that on the way back
+LOGITS_AT_ONCE = 2 ** 26                # of positions that learn: 0.3 GB in float32, three times that on the way back
+
+
+def check_range(name, ids, limit, beside=""):
+    "Raises a ValueError unless ids lie from 0 to limit - 1. A GPU would have to wait, a compiled graph has no numbers."
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    low, high = (i.item() for i in ids.aminmax())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name}: got numbers from {low} to {high}, need {beside}0 to {limit - 1}")
 
 
 def real_labels(labels, mask):
@@ -186,7 +197,7 @@ def next_token_loss(x, labels, mask=None, head=nn.Identity(), part=None):
     """Mean cross-entropy, in nats, of token t + 1 from position t. labels (b, L) stand under their tokens, -100 where
     nothing is to be learnt; mask (b, L), True at real tokens. ValueError if nothing is learnt.
 
-    x: logits (b, L, V), or vectors (b, L, d) that `head` makes logits of: for positions that learn, `part` at a time."""
+    x: logits (b, L, V), or vectors (b, L, d) that `head` makes logits of, `part` learning positions at a time."""
     if labels.shape != x.shape[:-1]:
         raise ValueError(f"labels: got shape {tuple(labels.shape)}, need {tuple(x.shape[:-1])}")
     labels = labels if mask is None else real_labels(labels, mask)
@@ -249,7 +260,7 @@ class MambaLM(nn.Module):
         return self.output(*self.hidden(input_ids, inputs_embeds, mask, state, return_state), labels, mask)
 
     def output(self, x, state=None, labels=None, mask=None):
-        "The stream x (b, L, d_model) of `hidden` -> LMOutput: logits of all positions, or the loss of those with labels."
+        "The stream x (b, L, d_model) of `hidden` -> LMOutput: all logits, or the loss of positions with labels."
         if labels is None:
             return LMOutput(None, self.head(x), state)
         part = -(-LOGITS_AT_ONCE // self.config.vocab_size)
@@ -280,7 +291,8 @@ class MambaLM(nn.Module):
             last_token(mask)                                             # every row needs a real token
         stop_ids, strings = check_generation(self.config.vocab_size, max_new_tokens, stop_ids, stop_strings, decode,
                                              repetition_penalty, pad_id, **sampling)
-        stops, greedy = torch.tensor(stop_ids, device=input_ids.device, dtype=torch.long), not sampling.get("temperature")
+        stops = torch.tensor(stop_ids, device=input_ids.device, dtype=torch.long)
+        greedy = not sampling.get("temperature")
 
         @torch.no_grad()
         def tokens(state):
@@ -335,17 +347,8 @@ class MambaLM(nn.Module):
 
 # %% ../../nbs/language/07_model.ipynb #c3f462e5
 #| code-fold: true
-def check_range(name, ids, limit, beside=""):
-    "Raises a ValueError unless ids lie from 0 to limit - 1. A GPU would have to wait, a compiled graph has no numbers."
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    low, high = (i.item() for i in ids.aminmax())
-    if low < 0 or high >= limit:
-        raise ValueError(f"{name}: got numbers from {low} to {high}, need {beside}0 to {limit - 1}")
-
-
 def check_inputs(lm, ids, embeds=None, mask=None, state=None, name="input_ids"):
-    """Raises a ValueError that names the argument unless there are token numbers (b, L), or (b,) where `name` is ids, or
+    """Raises a ValueError that names the argument unless there are token numbers (b, L), or (b,) if `name` is ids, or
     vectors (b, L, d_model), and mask and state, if any, go with them."""
     if (ids is None) == (embeds is None):
         raise ValueError("input_ids, inputs_embeds: got both or neither, need exactly one of the two")

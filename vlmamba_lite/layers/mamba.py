@@ -69,16 +69,16 @@ def conv_backends():
 
 
 def causal_conv1d(x, weight, bias=None, window=None, backend="auto", silu=False):
-    """A depthwise convolution that sees only the past, with SiLU behind it if `silu`: x (b, L, D), weight (D, 1, K),
-    bias (D,), window (b, D, K), the inputs before x, by default zeros -> y (b, L, D), and `seen` (b, K + L, D), window
-    and inputs, for `next_window`.
+    """A depthwise convolution that sees only the past, with SiLU behind it if `silu`; sums in float32 or float64.
 
-    Sums in float32 (float64 for float64 inputs). `backend`: "auto" or one of `conv_backends()`. Raises `ValueError` for
-    another name and `RuntimeError` for a backend that cannot run.
+    x (b, L, D), weight (D, 1, K), bias (D,), window (b, D, K), the inputs before x, or zeros -> y (b, L, D), and
+    `seen` (b, K + L, D), window and inputs, for `next_window`. `backend`: "auto" or one of `conv_backends()`; raises
+    `ValueError` for another name and `RuntimeError` for a backend that cannot run.
     """
     name = "causal_conv1d" if x.is_cuda and x.dtype != torch.float64 else "cpp" if in_memory(x) else "shifted_sums"
     backend = usable(backend, _CONV_BACKENDS, name, "shifted_sums", "conv_backend")
-    K, dtype, inside = weight.shape[2], torch.promote_types(x.dtype, weight.dtype), scan_dtype(x.dtype)
+    K, dtype = weight.shape[2], torch.promote_types(x.dtype, weight.dtype)
+    inside = torch.promote_types(x.dtype, torch.float32)
     before = x.new_zeros(x.shape[0], K, x.shape[2]) if window is None else window.to(x.dtype).transpose(1, 2)
     seen = torch.cat([before, x], 1)                                     # (b, K + L, D)
     taps, bias = weight[:, 0].T.to(inside).contiguous(), None if bias is None else bias.to(inside)
@@ -99,7 +99,7 @@ def next_window(seen, K, lengths=None):
 def conv_step(x_t, window, weight, bias=None):
     "`causal_conv1d` for one token: x_t (b, D), window (b, D, K) -> y_t (b, D), the next window."
     window = torch.cat([window[..., 1:], x_t[..., None].to(window.dtype)], -1)
-    dtype = scan_dtype(x_t.dtype)
+    dtype = torch.promote_types(x_t.dtype, torch.float32)
     y = (window.to(dtype) * weight[:, 0].to(dtype)).sum(-1)
     return (y if bias is None else y + bias).to(torch.promote_types(x_t.dtype, weight.dtype)), window
 
@@ -168,13 +168,13 @@ def unpack_tokens(y, mask, order):
     "The inverse of `pack_tokens`: y (b, L, d), packed mask (b, L), order (b, L) -> tokens at their places, 0 at pads."
     return reorder_tokens(y * mask[..., None], order.argsort(1))
 
-# %% ../../nbs/layers/05_mamba.ipynb #598bb1c5
+# %% ../../nbs/layers/05_mamba.ipynb #3451018b
 class MambaState(NamedTuple):
     "The memory of a Mamba layer: `conv` (b, d_inner, d_conv), the window, and `ssm` (b, d_inner, N), float32."
     conv: Tensor
     ssm: Tensor
 
-# %% ../../nbs/layers/05_mamba.ipynb #3451018b
+
 class Mamba(nn.Module):
     """The Mamba block (arXiv 2312.00752, section 3.4), with names, shapes and first values of the official layer.
 

@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mamba import (causal_conv1d, check_block_inputs, conv_step, init_dt_bias, next_window,
+from .mamba import (causal_conv1d, check_block_inputs, init_dt_bias, next_window,
                                        no_weight_decay, pack_tokens, unpack_tokens)
 from ..ops.reference import require, scan_dtype
-from ..ops.ssd import per_head, prepare_dt, ssd
+from ..ops.ssd import ssd
 
 # %% ../../nbs/layers/06_mamba2.ipynb #e3d558be
 class GatedRMSNorm(nn.Module):
     "`RMSNorm(y silu(z))`, or `RMSNorm(y) silu(z)` with `norm_before_gate`, over each group (official code)."
-
     def __init__(self, dim, groups=1, norm_before_gate=False, eps=1e-5):
         super().__init__()
         require(dim % groups == 0, "groups", groups, f"a divisor of dim = {dim}")
@@ -30,14 +29,14 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y, z):
         "y and its gate z (..., dim) -> like y; computed in float32 or float64."
-        dtype = scan_dtype(y.dtype)
+        dtype = torch.promote_types(y.dtype, torch.float32)
         v, gate, weight = y.to(dtype), F.silu(z.to(dtype)), self.weight.to(dtype)
         v = v if self.norm_before_gate else v * gate
         v = v.unflatten(-1, (self.groups, -1))
         v = F.rms_norm(v, v.shape[-1:], eps=self.eps).flatten(-2) * weight
         return (v * gate if self.norm_before_gate else v).to(y.dtype)
 
-# %% ../../nbs/layers/06_mamba2.ipynb #81e30e60
+# %% ../../nbs/layers/06_mamba2.ipynb #ed7ae905
 class Mamba2State(NamedTuple):
     "The memory of a Mamba-2 layer: `conv` (b, d_inner + 2 G N, d_conv) and `ssm` (b, H, P, N), float32."
     conv: Tensor
@@ -51,7 +50,7 @@ def split_sizes(d_inner, headdim, ngroups):
     require(ngroups >= 1 and nheads % ngroups == 0, "ngroups", ngroups, f"a divisor of nheads = {nheads}")
     return nheads
 
-# %% ../../nbs/layers/06_mamba2.ipynb #ed7ae905
+
 class Mamba2(nn.Module):
     """The Mamba-2 block (arXiv 2405.21060, section 7), with names, shapes and first values of the official layer.
 
@@ -86,10 +85,6 @@ class Mamba2(nn.Module):
         return Mamba2State(torch.zeros(batch, *conv, device=device, dtype=dtype),
                            torch.zeros(batch, *ssm, device=device, dtype=scan_dtype(dtype)))
 
-    def project(self, x):
-        "x (..., d_model) -> z (..., d_inner), xBC (..., conv_dim), raw steps dt (..., H)."
-        return self.in_proj(x).split([self.d_inner, self.conv_dim, self.nheads], -1)
-
     def split_heads(self, xBC):
         "The output of the convolution (..., conv_dim) -> u (..., H, P), B, C (..., G, N)."
         GN = self.ngroups * self.d_state
@@ -99,8 +94,10 @@ class Mamba2(nn.Module):
 
     def constants(self, dt):
         "A (H,), D (H,), and the step sizes of raw dt (..., H): bias, softplus and limits, in the dtype of the scan."
-        dtype = scan_dtype(dt.dtype)
-        return -torch.exp(self.A_log.to(dtype)), self.D.to(dtype), prepare_dt(dt, self.dt_bias, True, self.dt_limit)
+        dtype = torch.promote_types(dt.dtype, torch.float32)
+        dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
+        dt = dt if self.dt_limit == (0., math.inf) else dt.clamp(*self.dt_limit)
+        return -torch.exp(self.A_log.to(dtype)), self.D.to(dtype), dt
 
     def forward(self, x, state=None, mask=None, return_state=False):
         """x (b, L, d_model) -> y (b, L, d_model), with `return_state` also the state after each row's last real token.
@@ -110,7 +107,7 @@ class Mamba2(nn.Module):
         check_block_inputs(x, 3, self.d_model, state, self.state_shapes)
         if mask is not None:
             x, mask, order = pack_tokens(x, mask)
-        z, xBC, dt = self.project(x)
+        z, xBC, dt = self.in_proj(x).split([self.d_inner, self.conv_dim, self.nheads], -1)
         window, h = state or (None, None)
         xBC, seen = causal_conv1d(xBC, self.conv1d.weight, self.conv1d.bias, window, self.conv_backend, silu=True)
         u, B, C = self.split_heads(xBC)                                      # (b, L, H, P), (b, L, G, N) twice
@@ -129,12 +126,16 @@ class Mamba2(nn.Module):
 
     def step(self, x_t, state):
         "One token: x_t (b, d_model), state -> y_t (b, d_model), the next state. Raises `ValueError` for other shapes."
-        check_block_inputs(x_t, 2, self.d_model, state, self.state_shapes)
-        z, xBC, dt = self.project(x_t)
-        xBC, window = conv_step(xBC, state.conv, self.conv1d.weight, self.conv1d.bias)
-        dtype = scan_dtype(state.ssm.dtype)
-        u, B, C = (i.to(dtype) for i in self.split_heads(F.silu(xBC)))     # (b, H, P), (b, G, N) twice
-        B, C = (per_head(i[:, None], self.nheads)[:, 0] for i in (B, C))                  # (b, H, N)
+        b, (conv, ssm) = len(x_t), self.state_shapes
+        if [tuple(t.shape) for t in (x_t, *state)] != [(b, self.d_model), (b, *conv), (b, *ssm)]:
+            check_block_inputs(x_t, 2, self.d_model, state, self.state_shapes)           # says what does not fit
+        z, xBC, dt = self.in_proj(x_t).split([self.d_inner, self.conv_dim, self.nheads], -1)
+        window = torch.cat([state.conv[..., 1:], xBC[..., None].to(state.conv.dtype)], -1)
+        dtype, weight = torch.promote_types(state.ssm.dtype, torch.float32), self.conv1d.weight
+        v = (window.to(dtype) * weight[:, 0].to(dtype)).sum(-1)                           # `conv_step`, (b, conv_dim)
+        v = (v if self.conv1d.bias is None else v + self.conv1d.bias).to(torch.promote_types(xBC.dtype, weight.dtype))
+        u, B, C = (i.to(dtype) for i in self.split_heads(F.silu(v)))       # (b, H, P), (b, G, N) twice
+        B, C = (i.repeat_interleave(self.nheads // self.ngroups, 1) for i in (B, C))      # (b, H, N)
         A, D, dt = (i.to(dtype) for i in self.constants(dt))
         decay, X = torch.exp(dt * A)[..., None, None], dt[..., None] * u                  # (b, H, 1, 1), (b, H, P)
         h = decay * state.ssm + X[..., None] * B[:, :, None]                              # (b, H, P, N)

@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..connectors.vss import choose
-from ..language.model import MambaLM
+from ..language.model import LOGITS_AT_ONCE, MambaLM
 from .presets import LANGUAGE_MODELS, VISION_ENCODERS, VLMambaConfig, language_config
 from .vlmamba import VLMamba
 from ..vision.towers import new_tower
@@ -166,7 +166,7 @@ def memory_estimate(config, trains=("connector", "language"), batch_size=1, leng
     copies = 1 if checkpointing and "language" not in trains else layers      # autocast keeps copies of what is trained
     head = 2 * c.padded_vocab_size * c.d_model if precision == "bf16" else 0
     parts |= dict(copies=picture_fixed + copies * layer_fixed + head, activations=batch_size * round(picture + kept),
-                  logits=12 * batch_size * length * c.vocab_size)
+                  logits=12 * min(batch_size * length * c.vocab_size, LOGITS_AT_ONCE))
     return parts | {"total": sum(parts.values())}
 
 

@@ -34,10 +34,12 @@ class VLMambaConfig:
             check_arguments("language", self.language, MambaConfig)
             self.language = MambaConfig(**self.language)
         check_arguments("configuration", vars(self), VLMambaConfig)
-        connector = choose("connector", self.connector, CONNECTORS)
-        check_arguments("connector_args", self.connector_args, connector, VSS, MVSS, Mamba)
+        if self.connector not in CONNECTORS:
+            raise ValueError(f"connector: got {self.connector!r}, need one of {sorted(CONNECTORS)}")
+        check_arguments("connector_args", self.connector_args, CONNECTORS[self.connector], VSS, MVSS, Mamba)
         if (kind := self.vision.get("kind", "conv")) in ("conv", "vit"):
-            check_arguments("vision", {name: self.vision[name] for name in self.vision if name != "kind"}, ENCODERS[kind])
+            given = {name: value for name, value in self.vision.items() if name != "kind"}
+            check_arguments("vision", given, ENCODERS[kind])
 
 # %% ../../nbs/model/presets.ipynb #a57ef4f2
 def lite_config(vocab_size):

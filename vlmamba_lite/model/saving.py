@@ -97,8 +97,9 @@ def empty_model(model_class, folder):
         model = model_class(VLMambaConfig(**fields))
     with naming(tokenizer):
         model.tokenizer = Tokenizer.from_file(str(tokenizer))
-        if (words := model.tokenizer.get_vocab_size()) > model.config.language.vocab_size:
-            raise ValueError(f"got {words:,} words, need at most {model.config.language.vocab_size:,}: it is another model's")
+        words, most = model.tokenizer.get_vocab_size(), model.config.language.vocab_size
+        if words > most:
+            raise ValueError(f"got {words:,} words, need at most {most:,}: it is another model's")
     return model, weights
 
 
@@ -145,8 +146,8 @@ def check_source(part, source):
 
 
 def find_tokenizer(source, language=None):
-    """A `Tokenizer`: itself, or that of a tokenizer.json, a folder or a Hub name; for None that of the language model, or
-    GPT-NeoX's. FileNotFoundError without one, ValueError for a damaged one."""
+    """A `Tokenizer`: itself, or that of a tokenizer.json, a folder or a Hub name; None: of the language model, or of
+    GPT-NeoX. FileNotFoundError without one, ValueError for a damaged one."""
     if isinstance(source, Tokenizer):
         return source
     if source is not None and Path(source).is_file():

@@ -23,7 +23,7 @@ from ..vision.towers import build_encoder, half_range, load_encoder
 
 # %% ../../nbs/model/15_vlmamba.ipynb #92a3679d
 def in_evaluation(module):
-    """The module, or where a part of it is in training mode, a copy in evaluation mode that shares parameters and buffers:
+    """The module, or if a part of it is in training mode, a copy that is not, with the same parameters and buffers:
     BatchNorm must not learn from, nor judge by, one picture, and another thread may be training the module."""
     if not any(part.training for part in module.modules()):
         return module
@@ -105,7 +105,7 @@ class VLMamba(nn.Module):
             pixels = normalize(process_images([image], self.config.vision["image_size"]))
         else:
             pixels = preprocess(to_rgb(image) if isinstance(image, Image.Image) else image)
-        return pixels.to(self.device, self.dtype)
+        return pixels.to(self.language.lm_head.weight)                              # its device and dtype
 
     @torch.no_grad()
     def read_image(self, image, state=None):

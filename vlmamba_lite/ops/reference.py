@@ -64,7 +64,7 @@ def check_scan_inputs(u, delta, A, B, C, D=None, z=None, delta_bias=None, initia
     """Raises one `ValueError` that names the first argument that does not fit, what it got and what it needs.
 
     Checked are kinds (real floating-point tensors on one device), shapes (see `selective_scan_reference`) and, for
-    tensors on the CPU, that no entry of A is positive; on a GPU reading A would wait for everything queued before it."""
+    tensors on the CPU, that no entry of A is positive; on a GPU reading A would wait for all that is queued."""
     given = {"u": u, "delta": delta, "A": A, "B": B, "C": C}
     optional = {"D": D, "z": z, "delta_bias": delta_bias, "initial_state": initial_state}
     given |= {name: x for name, x in optional.items() if x is not None}

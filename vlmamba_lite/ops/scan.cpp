@@ -198,24 +198,28 @@ template <class F, bool KB, bool KC> struct Worker {
         }
     }
 
+    void add(F* to, const std::vector<F>& sums) const {
+        for (int64_t n = 0; n < N; n++)
+            for (int l = 0; l < w; l++) to[state() + n * P + l] += sums[n * W + l];
+    }
+
     // A block's gradients in a chunk, from right to left: fetch the sums so far, walk, put everything back.
     void reverse() {
         load_all(gh, s.h + state());                        // s.h holds the gradient that comes from the right
-        load_all(gA, s.gA + state());
-        if (KB) load_all(gB, s.gB + state());
-        if (KC) load_all(gC, s.gC + state());
-        F D[W], gD[W], *gD_here = s.gD + (b * s.G + g) * P + k * W;
+        std::fill(gA.begin(), gA.end(), F(0));              // sums of the chunks' sums round less than long ones
+        if (KB) std::fill(gB.begin(), gB.end(), F(0));
+        if (KC) std::fill(gC.begin(), gC.end(), F(0));
+        F D[W], gD[W] = {}, *gD_here = s.gD + (b * s.G + g) * P + k * W;
         load(D, s.D + g * P + k * W);
-        load(gD, gD_here);
         tile(o, s.gy);
         for (int64_t t = steps - 1; t >= 0; t--) reverse_step(t, D, gD);
         untile(s.gu, y);
         untile(s.gdt, gdt);
-        std::copy(gD, gD + w, gD_here);
+        for (int l = 0; l < w; l++) gD_here[l] += gD[l];
         store_all(s.h + state(), &gh[0]);
-        store_all(s.gA + state(), &gA[0]);
-        if (KB) store_all(s.gB + state(), &gB[0]);
-        if (KC) store_all(s.gC + state(), &gC[0]);
+        add(s.gA, gA);
+        if (KB) add(s.gB, gB);
+        if (KC) add(s.gC, gC);
     }
 
     // The gradients of B and C are sums over channels. Each lane adds up its own through all blocks; the lanes

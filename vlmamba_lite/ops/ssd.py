@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['segment_sum', 'per_head', 'recurrent_form', 'quadratic_form', 'split_sum', 'decay_matrix', 'to_chunks',
-           'chunked_form', 'check_ssd_inputs', 'prepare_dt', 'run_form', 'ssd_recurrent', 'ssd_quadratic',
+           'chunked_form', 'prepare_dt', 'check_ssd_inputs', 'run_form', 'ssd_recurrent', 'ssd_quadratic',
            'ssd_chunked', 'FusedSSD', 'ssd_cpp', 'ssd_backends', 'ssd']
 
 # %% ../../nbs/ops/04_ssd.ipynb #2dc56f9d
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .chunked import once
-from .cpp import call_kernel, in_memory, without_compiler
+from .cpp import call_kernel, in_memory, shares, without_compiler
 from .reference import require, scan_dtype
 from .selective_scan import usable, without_cuda_package
 
@@ -86,27 +86,32 @@ def to_chunks(i, Q, G):
     return i.view(b, -1, Q, G, H // G, *i.shape[3:])
 
 
-def chunked_form(X, a, B, C, h, chunk_size=64, first=True, last=True):
-    "SSD in chunks (Mamba-2, section 6). first: whether h is other than zero; last: whether the last state is needed."
+def chunked_form(X, a, B, C, h, chunk_size=64, first=True, last=True, low=None):
+    """SSD in chunks (Mamba-2, section 6). first: whether h is other than zero; last: whether the last state is needed;
+    low: the dtype of the factors of matrix products, by default that of X. Decays, sums and states are in X's.
+    """
+    def product(A, B):
+        return A @ B if low is None else (A.to(low) @ B.to(low)).to(A.dtype)
+
     (b, L, H, P), (G, N) = X.shape, B.shape[2:]
     Q = math.ceil(L / math.ceil(L / chunk_size))                             # chunks of nearly equal length
     X = to_chunks(X, Q, G)                                                   # (b, c, Q, G, r, P)
     a = to_chunks(a, Q, G).movedim(2, 4)                                     # (b, c, G, r, Q)
     B, C = (to_chunks(i, Q, G).squeeze(4).transpose(2, 3) for i in (B, C))   # (b, c, G, Q, N)
-    high, low = split_sum(a)
+    high, rest = split_sum(a)
 
-    scores = (C @ B.mT).unsqueeze(3)                                         # (b, c, G, 1, Q, Q)
-    within = (decay_matrix(high, low) * scores) @ X.movedim(2, 4)            # 1. the masked matrix of each chunk
+    scores = product(C, B.mT).unsqueeze(3)                                         # (b, c, G, 1, Q, Q)
+    within = product(decay_matrix(high, rest) * scores, X.movedim(2, 4))      # 1. the masked matrix of each chunk
     y = within.movedim(4, 2)                                                 # (b, c, Q, G, r, P)
 
     many, h = X.shape[1] > 1, h.reshape(b, G, H // G * P, N)
     starts = h.unsqueeze(1)
     if many or last:
         left = high[..., -1:] - high                                         # segment sums until the end of the chunk
-        if low is not None:
-            left.add_(low[..., -1:]).sub_(low)
+        if rest is not None:
+            left.add_(rest[..., -1:]).sub_(rest)
         shrunk = X * left.exp_().movedim(4, 2).unsqueeze(-1)
-        written = shrunk.flatten(4).transpose(2, 3).mT @ B                   # (b, c, G, rP, N)
+        written = product(shrunk.flatten(4).transpose(2, 3).mT, B)           # (b, c, G, rP, N)
         kept = high[..., -1].exp().repeat_interleave(P, -1).unsqueeze(-1)    # (b, c, G, rP, 1)
         starts = []
         for written_k, kept_k in zip(written.unbind(1), kept.unbind(1)):     # 3. carry it on, write to it
@@ -114,13 +119,19 @@ def chunked_form(X, a, B, C, h, chunk_size=64, first=True, last=True):
             h = torch.addcmul(written_k, kept_k, h)
         starts = torch.stack(starts, 1)
     if many or first:
-        read = (C @ starts.mT).transpose(2, 3).unflatten(-1, (H // G, P))    # 2. from the state before each chunk
+        read = product(C, starts.mT).transpose(2, 3).unflatten(-1, (H // G, P))    # 2. from the state before each chunk
         y = y + high.exp().movedim(4, 2).unsqueeze(-1) * read
     return y.reshape(b, -1, H, P)[:, :L], h.reshape(b, H, P, N)
 
-# %% ../../nbs/ops/04_ssd.ipynb #f935ba27
-#| code-fold: true
-#| code-summary: "The checks of all arguments"
+# %% ../../nbs/ops/04_ssd.ipynb #30d30adc
+def prepare_dt(dt, dt_bias=None, dt_softplus=False, dt_limit=(0., math.inf)):
+    "Step sizes dt (..., H) with bias (H,), softplus and limits (smallest, largest), in float32 (float64 for float64)."
+    dt = dt.to(scan_dtype(dt.dtype))
+    dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+    dt = F.softplus(dt) if dt_softplus else dt
+    return dt if tuple(dt_limit) == (0., math.inf) else dt.clamp(*dt_limit)
+
+
 def check_ssd_inputs(x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_states=None):
     "Raises one `ValueError` that names the first argument of a wrong kind or shape, what it got and what it needs."
     optional = {"D": D, "z": z, "dt_bias": dt_bias, "initial_states": initial_states}
@@ -139,14 +150,6 @@ def check_ssd_inputs(x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_state
         if name in given:
             require(tuple(given[name].shape) in fits, name, tuple(given[name].shape), " or ".join(map(str, fits)))
 
-# %% ../../nbs/ops/04_ssd.ipynb #30d30adc
-def prepare_dt(dt, dt_bias=None, dt_softplus=False, dt_limit=(0., math.inf)):
-    "Step sizes dt (..., H) with bias (H,), softplus and limits (smallest, largest), in float32 (float64 for float64)."
-    dt = dt.to(scan_dtype(dt.dtype))
-    dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
-    dt = F.softplus(dt) if dt_softplus else dt
-    return dt if tuple(dt_limit) == (0., math.inf) else dt.clamp(*dt_limit)
-
 
 def run_form(form, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0., math.inf),
              initial_states=None, return_final_states=False, fused=False):
@@ -158,8 +161,8 @@ def run_form(form, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=Fal
         dt = prepare_dt(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
         h = X.new_zeros(len(X), *X.shape[2:], B.shape[-1]) if initial_states is None else initial_states.to(dtype)
         D = None if D is None else D.to(dtype).view(len(D), -1)              # D (H,) or (H, P)
-        if fused:
-            y, h = form(X, dt, A, B, C, h, D)
+        if fused:                                                            # a form that adds the skip itself
+            y, h = form(X, dt, A, B, C, h, X.new_zeros(X.shape[2:]) if D is None else D.expand(X.shape[2:]))
         else:
             y, h = form(X * dt[..., None], dt * A, B, C, h)
             y = y if D is None else torch.addcmul(y, D, X)
@@ -168,7 +171,7 @@ def run_form(form, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=Fal
     y = y.to(x.dtype)
     return (y, h) if return_final_states else y
 
-# %% ../../nbs/ops/04_ssd.ipynb #9fd48ae5
+
 def ssd_recurrent(x, dt, A, B, C, *, chunk_size=256, **options):
     "SSD as a recurrence, step by step: arguments, results and errors of `ssd`; chunk_size is not used."
     return run_form(recurrent_form, x, dt, A, B, C, **options)
@@ -179,38 +182,35 @@ def ssd_quadratic(x, dt, A, B, C, *, chunk_size=256, **options):
     return run_form(quadratic_form, x, dt, A, B, C, **options)
 
 
+def _autocast_dtype(x):
+    device = x.device.type if isinstance(x, torch.Tensor) else "cpu"
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def ssd_chunked(x, dt, A, B, C, *, chunk_size=256, **options):
     "SSD in chunks of at most chunk_size steps (arXiv 2405.21060, section 6): arguments, results and errors of `ssd`."
     require(chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
     first, last = options.get("initial_states") is not None, options.get("return_final_states", False)
-    form = partial(chunked_form, chunk_size=chunk_size, first=first, last=last)
+    form = partial(chunked_form, chunk_size=chunk_size, first=first, last=last, low=_autocast_dtype(x))
     return run_form(form, x, dt, A, B, C, **options)
 
 # %% ../../nbs/ops/04_ssd.ipynb #5e6b3802
 #| code-fold: true
-#| code-summary: "SSD in C++"
-def _in_rows(x):
-    "x (b, L, ., .) with the last two dimensions side by side; a copy only where they are not."
-    return x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous()
-
-
 def _ssd_kernel(x, dt, A, B, C, D, h, y, bounds, *grads):
-    (b, L, H, P), (G, N) = x.shape, B.shape[2:]
-    parts = min(math.ceil(torch.get_num_threads() / (b * G)), H // G)
-    strides = (i.stride(k) for i in (x, B, C) for k in (0, 1))
-    Q = math.ceil(L / len(bounds))
-    call_kernel("ssd", [x, dt, A, B, C, D, h, y, bounds, *(grads or [None] * 7)], L, b, H, G, P, N, Q, parts, *strides)
+    (b, L, H, P), (G, N), strides = x.shape, B.shape[2:], (i.stride(k) for i in (x, B, C) for k in (0, 1))
+    sizes = L, b, H, G, P, N, math.ceil(L / len(bounds)), shares(b * G, H // G)
+    call_kernel("ssd", [x, dt, A, B, C, D, h, y, bounds, *(grads or [None] * 7)], *sizes, *strides)
 
 
 class FusedSSD(torch.autograd.Function):
-    """SSD in chunks with its skip in C++: x (b, L, H, P), dt (b, L, H), A (H,), B, C (b, L, G, N), D (H, P), h0 (b, H, P, N)
-    -> y like x, the last state like h0. The gradient can be taken once, not twice.
+    """SSD in chunks with its skip, in C++: x (b, L, H, P), dt (b, L, H), A (H,), B, C (b, L, G, N), h0 (b, H, P, N),
+    D (H, P) -> y like x, the last state like h0. The gradient can be taken once, not twice.
     """
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, h0, chunk_size):
-        x, dt, A, B, C, D = _in_rows(x), dt.contiguous(), A.contiguous(), _in_rows(B), _in_rows(C), D.contiguous()
-        y, h = x.new_empty(x.shape), h0.clone(memory_format=torch.contiguous_format)
-        bounds = x.new_empty(math.ceil(x.shape[1] / chunk_size), *h.shape)
+    def forward(ctx, x, dt, A, B, C, h0, D, chunk_size):
+        x, B, C = (i if i.stride()[2:] == (i.shape[3], 1) else i.contiguous() for i in (x, B, C))
+        dt, A, D, h = dt.contiguous(), A.contiguous(), D.contiguous(), h0.clone(memory_format=torch.contiguous_format)
+        y, bounds = x.new_empty(x.shape), x.new_empty(math.ceil(x.shape[1] / chunk_size), *h.shape)
         _ssd_kernel(x, dt, A, B, C, D, h, y, bounds)
         ctx.save_for_backward(x, dt, A, B, C, D, bounds, h0)
         return y, h
@@ -219,24 +219,19 @@ class FusedSSD(torch.autograd.Function):
     @once
     def backward(ctx, gy, gh):
         x, dt, A, B, C, D, bounds, _ = ctx.saved_tensors
-        h, b, G = gh.clone(memory_format=torch.contiguous_format), len(x), B.shape[2]
-        parts = min(math.ceil(torch.get_num_threads() / (b * G)), x.shape[2] // G)
-        gx, gdt, gA, gD = x.new_empty(x.shape), torch.empty_like(dt), A.new_zeros(b, *A.shape), D.new_zeros(b, *D.shape)
-        gB, gC = (B.new_empty(parts, *B.shape) for _ in range(2))
+        (b, _, H, _), G, h = x.shape, B.shape[2], gh.clone(memory_format=torch.contiguous_format)
+        gx, gdt, gA, gD = x.new_empty(x.shape), torch.empty_like(dt), A.new_zeros(b, H), D.new_zeros(b, *D.shape)
+        gB, gC = (B.new_empty(shares(b * G, H // G), *B.shape) for _ in range(2))
         _ssd_kernel(x, dt, A, B, C, D, h, None, bounds, gy.contiguous(), gx, gdt, gA, gB, gC, gD)
-        return gx, gdt, gA.sum(0), gB.sum(0), gC.sum(0), gD.sum(0), h, None
+        return gx, gdt, gA.sum(0), gB.sum(0), gC.sum(0), h, gD.sum(0), None
 
 
 def ssd_cpp(x, dt, A, B, C, *, chunk_size=256, **options):
-    "SSD in chunks of at most 64 steps by the C++ kernel, on the CPU: arguments, results and errors of `ssd`."
+    "SSD in chunks of at most 64 steps in C++, on the CPU: arguments, results and errors of `ssd`."
     require(chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
     if reason := without_compiler() if x.is_cpu else f"got tensors on {x.device.type}, needs them on the CPU":
         raise RuntimeError(f"backend 'cpp': {reason}")
-
-    def form(x, dt, A, B, C, h, D):
-        D = x.new_zeros(x.shape[2:]) if D is None else D.expand(x.shape[2:])
-        return FusedSSD.apply(x, dt, A, B, C, D, h, min(chunk_size, 64))
-    return run_form(form, x, dt, A, B, C, fused=True, **options)
+    return run_form(lambda *inputs: FusedSSD.apply(*inputs, min(chunk_size, 64)), x, dt, A, B, C, fused=True, **options)
 
 # %% ../../nbs/ops/04_ssd.ipynb #a70a88f1
 #| code-fold: true
@@ -248,6 +243,8 @@ def _ssd_mamba_ssm(x, dt, A, B, C, *, chunk_size=256, D=None, z=None, dt_bias=No
         raise RuntimeError(f"backend 'mamba_ssm': got {x.dtype} on {x.device.type}, "
                            "needs float32, bfloat16 or float16 on cuda")
     scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    if low := _autocast_dtype(x):
+        x, B, C = (i.to(low) for i in (x, B, C))
     A, D, dt_bias = (None if i is None else i.float() for i in (A, D, dt_bias))
     return scan(x, dt, A, B, C, chunk_size, D=D, z=z, dt_bias=dt_bias, **options)
 

@@ -251,7 +251,7 @@ GAP = 32                                                    # steps between save
 def scan_segments(programs, L):
     """Into how many segments a sequence of L steps is cut, for a number of programs (32 channels of a row each).
 
-    An H200 has 132 x 4 schedulers, and two programs keep each busy. Cutting costs a second pass, so nothing is cut where
+    An H200 has 132 x 4 schedulers, and two programs keep each busy. Cutting costs a second pass: nothing is cut where
     there is more than a quarter of that already; and no segment is shorter than some 256 steps."""
     full = 2 * 4 * H200["processors"]
     return 1 if 4 * programs > full else max(1, min(full // programs, L // 256))
@@ -292,7 +292,7 @@ def _from_tiles(X, plan):
 
 
 def _matrices(B, C, plan):
-    "B, C, Bc, Cc of the kernels: float32 rows (b, G, L in whole fours, BN) if they change with time, tiles if constant."
+    "B, C, Bc, Cc of the kernels: float32 rows (b, G, L in whole fours, BN) if changing with time, tiles if constant."
     def rows(X):
         X = X.unsqueeze(1) if X.ndim == 3 else X
         return F.pad(X.mT.float(), (0, plan.BN - plan.N, 0, -plan.L % 4)).contiguous()
@@ -310,7 +310,7 @@ _PLACES = WeakTensorKeyDictionary()             # order -> its version when it w
 
 
 def _order_places(order):
-    "An order (K, L) as the kernels take it, int32 in whole fours of steps, checked once for each tensor; None for None."
+    "An order (K, L) as the kernels take it, int32 in whole fours of steps, checked once a tensor; None for None."
     if order is None:
         return None
     version = None if order.is_inference() else order._version         # counts the changes in place

@@ -31,6 +31,8 @@ def as_picture(image):
         image = Image.fromarray(np.ascontiguousarray(image))
     if not isinstance(image, Image.Image):
         raise ValueError(f"images: got {type(image).__name__}, need Pillow pictures, or bytes (H, W, 3)")
+    if image.mode.startswith(("I", "F")):                                # Pillow would cut its levels off
+        raise ValueError(f"images: got a picture of mode {image.mode}, need 8 bits a channel; `to_rgb` makes it")
     if 0 in image.size:
         raise ValueError(f"images: got a picture of {image.width}x{image.height} pixels, need at least 1x1")
     return image.convert("RGB")
@@ -56,7 +58,7 @@ class Preprocess:
                 ("mean", 3, number, -1e9, "three numbers"), ("std", 3, number, 0, "three numbers above 0")):
             value = getattr(self, name)
             value = tuple(value) if isinstance(value, list) else value   # json has lists
-            object.__setattr__(self, name, value)                        # frozen for its users only
+            object.__setattr__(self, name, value)                        # how a frozen dataclass sets its own fields
             alone = value is None if name == "crop" else name == "size" and type(value) is int and value > 0
             right = isinstance(value, tuple) and len(value) == count and all(isinstance(v, kind) for v in value)
             if not alone and not (right and min(value) > least):

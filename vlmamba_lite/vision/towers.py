@@ -217,12 +217,14 @@ ENCODERS = {"conv": ConvEncoder, "vit": ViT, "siglip": SigLIP, "clip": CLIP, "di
 
 def build_encoder(spec):
     "An encoder with random weights from a dict: `kind`, a name in `ENCODERS`, and its arguments; or from a `spec()`."
-    args = dict(spec)
-    if (kind := args.pop("kind", "conv")) not in ENCODERS:
-        raise ValueError(f"kind: got {kind!r}, need one of {sorted(ENCODERS)}")
-    if kind == "fused":
-        args["towers"] = map(build_encoder, args["towers"])
-    return ENCODERS[kind](**args)
+    from vlmamba_lite.files import naming                                # loads huggingface_hub, slowly
+    with naming("vision"):                                               # whatever is wrong in it: one ValueError
+        args = dict(spec)
+        if (kind := args.pop("kind", "conv")) not in [*ENCODERS]:
+            raise ValueError(f"kind: got {kind!r}, need one of {sorted(ENCODERS)}")
+        if kind == "fused":
+            args["towers"] = [build_encoder(tower) for tower in args["towers"]]
+        return ENCODERS[kind](**args)
 
 
 def load_encoder(source, **options):
