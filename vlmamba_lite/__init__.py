@@ -5,6 +5,7 @@ _MODULES = {
     "ops.ssd": ["ssd"],
     "layers.mamba": ["Mamba"],
     "layers.mamba2": ["Mamba2"],
+    "layers.mamba3": ["Mamba3"],
     "language.model": ["MambaLM", "MambaConfig"],
     "connectors.vss": ["VSS", "scan_order"],
     "connectors.connectors": ["MLPConnector", "VSSMLPConnector", "VSSL2Connector"],

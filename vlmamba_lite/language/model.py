@@ -28,9 +28,10 @@ from .sampling import GraphedStep, check_generation, choose_token, holds, penali
 from ..layers.attention import Attention
 from ..layers.mamba import Mamba
 from ..layers.mamba2 import Mamba2
+from ..layers.mamba3 import Mamba3
 
 # %% ../../nbs/language/07_model.ipynb #44fea5d6
-MIXERS = {"mamba": Mamba, "mamba2": Mamba2, "attention": Attention}
+MIXERS = {"mamba": Mamba, "mamba2": Mamba2, "mamba3": Mamba3, "attention": Attention}
 
 
 LARGEST = 2 ** 22                       # of any number in a configuration: what is above is a slip and would fill the m

@@ -85,7 +85,7 @@ FORMS = {"recurrent": lambda chunk: trapezoid_recurrent, "quadratic": lambda chu
 
 
 class Mamba3(nn.Module):
-    """The Mamba-3 block (arXiv 2603.15569, section 3), with names, shapes and first values of the official layer.
+    """The Mamba-3 block (arXiv 2603.15569), with names, shapes and first values of the official layer.
 
     `block(x)` runs a sequence, `step` one token. is_mimo: mimo_rank inputs and outputs for each head, not one;
     rope_fraction: the part of the state that turns; A_activation: "softplus" (paper) or "heavy_tail" (later official
