@@ -23,7 +23,7 @@ import typer
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from .bench import bench
-from .options import (LARGEST_SEED, Device, ListingCommand, Name, Names, Number, Program, argument,
+from .options import (Device, ListingCommand, Name, Names, Number, Program, argument, check_seed,
                                       clean_errors, console, option)
 
 # %% ../../nbs/cli/commands.ipynb #563d2801
@@ -52,7 +52,7 @@ Tokens = _drawing(int, "tokens an answer has at most", min=1)
 Temperature = _drawing(float, "0: always the likeliest token; 1: drawn as the model says", "T", min=0)
 TopK = _drawing(Number, "draw from the K likeliest tokens only  \\[default: from all]", "K", min=1)
 TopP = _drawing(float, "draw from the likeliest tokens, as many as make up P", "P", min=0, max=1)
-DrawSeed = _drawing(int, "of the random numbers that draw", min=0, max=LARGEST_SEED)
+DrawSeed = _drawing(int, "of the random numbers that draw", min=0, callback=check_seed)
 
 
 @app.command("ask", rich_help_panel=ASKING,
@@ -236,7 +236,7 @@ def train_command(
         stage: _recipe(Names, "only this stage of the recipe; may be repeated") = None,
         steps: _recipe(Number, "steps in place of the recipe's, in each stage", min=1) = None,
         precision: _recipe(Name, "fp32 or bf16 (autocast; parameters stay fp32)") = None,
-        seed: _recipe(Number, "draws weights, batches, augmentation  \\[default: 0]", min=0, max=LARGEST_SEED) = None,
+        seed: _recipe(Number, "draws weights and batches  \\[default: 0]", min=0, callback=check_seed) = None,
         changes: _recipe(Names, "any setting, as training.lr=1e-4 or training.align.clip=0.5; may be repeated",
                          "NAME=VALUE", "--set") = None,
         output: _place(Name, "the run's folder  \\[default: runs/<preset>-seed<seed>]", "DIR") = None,

@@ -40,7 +40,8 @@ def _no_switch(value):
 
 
 def _count(least, most):
-    return Annotated[int, Field(ge=least, le=most), BeforeValidator(_no_switch)]
+    bound = {"gt": 0} if least == 1 else {"ge": least}
+    return Annotated[int, Field(le=most, **bound), BeforeValidator(_no_switch)]
 
 
 class Form(BaseModel, extra="forbid", allow_inf_nan=False):
@@ -122,7 +123,8 @@ def checked(form, values, before=""):
         raise unknown(names[-1], list(inner.model_fields), "".join(f"{name}." for name in names[:-1]))
     kinds = dict.fromkeys(("model_type", "dict_type"), "settings with names") | {
         "list_type": "a list as [a, b]", "invalid_key": "a name of letters"}
-    need = kinds.get(error["type"], re.sub("^(Input should be |Value error, )", "", error["msg"]).partition(", unable")[0])
+    said = re.sub("^(Input should be |Value error, )", "", error["msg"]).partition(", unable")[0]
+    need = kinds.get(error["type"], said)
     raise ValueError(f"{'.'.join(names)}: got {_short(error['input'])}, need {need}")
 
 # %% ../../nbs/cli/settings.ipynb #36c4120c
