@@ -486,6 +486,9 @@ def test_only_the_first_process_speaks(talks, monkeypatch, two_stages):
 def test_what_to_type_after_ctrl_c(two_stages, monkeypatch):
     from vlmamba_lite.cli import runs
     monkeypatch.setattr(runs, "train_plan", lambda *_, **__: (False, {"cpu": 1, "wall": 1}))
+    from vlmamba_lite.training import checkpoints
+    assert "before the first step was saved; the same command" in vlmamba("train", "--config", two_stages.folder / "run_config.json", "--output", "early").out
+    monkeypatch.setattr(checkpoints, "has_checkpoint", lambda folder: True)
     arguments = ["train", "--config", two_stages.folder / "run_config.json", "--output", "my [run]", "--device", "cpu", "--tracker", "tensorboard"]
     said = vlmamba(*arguments)
     line = next(line for line in said.out.splitlines() if "--resume" in line)

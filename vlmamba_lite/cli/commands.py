@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -22,10 +23,11 @@ import typer
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from .bench import bench
-from .options import Device, ListingCommand, Name, Names, Number, argument, clean_errors, console, option
+from .options import (Device, ListingCommand, Name, Names, Number, Program, argument, check_seed,
+                                      clean_errors, console, option)
 
 # %% ../../nbs/cli/commands.ipynb #563d2801
-app = typer.Typer(name="vlmamba", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Program, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 TRAINING, ASKING, MEASURING = "Train", "Ask", "Measure"                  # groups of commands in `vlmamba --help`
 app.add_typer(bench, name="bench", rich_help_panel=MEASURING)
 
@@ -50,7 +52,7 @@ Tokens = _drawing(int, "tokens an answer has at most", min=1)
 Temperature = _drawing(float, "0: always the likeliest token; 1: drawn as the model says", "T", min=0)
 TopK = _drawing(Number, "draw from the K likeliest tokens only  \\[default: from all]", "K", min=1)
 TopP = _drawing(float, "draw from the likeliest tokens, as many as make up P", "P", min=0, max=1)
-DrawSeed = _drawing(int, "of the random numbers that draw", min=0)
+DrawSeed = _drawing(int, "of the random numbers that draw", min=0, callback=check_seed)
 
 
 @app.command("ask", rich_help_panel=ASKING,
@@ -60,9 +62,10 @@ def ask_command(model: ModelFolder, picture: argument(Path, "a picture file, any
                 as_json: option(bool, "print one JSON object", None, "--json") = False, device: Device = "cpu"):
     "Asks a trained model about a picture."
     with clean_errors():
-        from vlmamba_lite.cli.chat import pick_device
+        from vlmamba_lite.cli.chat import check_question, pick_device
         from vlmamba_lite.data.pictures import open_image
         from vlmamba_lite.model.vlmamba import VLMamba
+        check_question(question)
         image = open_image(picture)                                      # before the model is loaded: quick to fail
         answer = VLMamba.from_pretrained(model, pick_device(device)).ask(image, question)
     said = {"question": question, "answer": answer, "picture": str(picture), "model": str(model)}
@@ -176,9 +179,10 @@ torchrun --nproc_per_node 8 -m vlmamba_lite.cli train --config run.yaml --parall
 def start_training(given):
     "Does what `vlmamba train` does, from its options by their names."
     launched, resume, of = int(os.environ.get("WORLD_SIZE", 1)), given["resume"], given["config"]
-    with clean_errors():
+    with clean_errors(stopped="stopped before the first step; nothing was written"):
         from vlmamba_lite.cli import runs
         from vlmamba_lite.cli.settings import parse_change, read_settings, resolve_settings, run_folder
+        from vlmamba_lite.training.checkpoints import has_checkpoint
         from vlmamba_lite.training.distributed import main_process
         layers = [read_settings(of)] if of is not None else []
         layers += [option_settings(given), *map(parse_change, given["changes"] or [])]
@@ -188,7 +192,8 @@ def start_training(given):
             return print(text, end="") if main_process() else None
         folder = run_folder(settings, resume)
         plan = runs.make_plan(settings, stages)
-    with clean_errors(everywhere=True):                                  # one process alone may read broken data
+    result, kept = None, f". The checkpoints in {folder} are whole: --resume goes on with the last one"
+    with suppress(KeyboardInterrupt), clean_errors(everywhere=True, kept=kept):       # one alone may read broken data
         result = runs.run_plan(plan, folder, resume, console)
     if result is not None:
         return print_result(folder, result)
@@ -196,6 +201,9 @@ def start_training(given):
         sys.stdout.flush()
         sys.stderr.flush()
         return os._exit(0)
+    if not has_checkpoint(folder):
+        console.print("stopped before the first step was saved; the same command begins again")
+        raise typer.Exit(130)
     again = resume_line(settings, folder) if launched == 1 else "the same command and --resume"
     console.print(f"stopped; the last step is saved. Go on with:\n  {again}", soft_wrap=True, markup=False)
     raise typer.Exit(130)
@@ -228,7 +236,7 @@ def train_command(
         stage: _recipe(Names, "only this stage of the recipe; may be repeated") = None,
         steps: _recipe(Number, "steps in place of the recipe's, in each stage", min=1) = None,
         precision: _recipe(Name, "fp32 or bf16 (autocast; parameters stay fp32)") = None,
-        seed: _recipe(Number, "draws weights, batches and augmentation  \\[default: 0]", min=0) = None,
+        seed: _recipe(Number, "draws weights and batches  \\[default: 0]", min=0, callback=check_seed) = None,
         changes: _recipe(Names, "any setting, as training.lr=1e-4 or training.align.clip=0.5; may be repeated",
                          "NAME=VALUE", "--set") = None,
         output: _place(Name, "the run's folder  \\[default: runs/<preset>-seed<seed>]", "DIR") = None,
@@ -265,8 +273,11 @@ def eval_command(
         from vlmamba_lite.cli.chat import pick_device
         from vlmamba_lite.model.vlmamba import VLMamba
         from vlmamba_lite.evaluation.answers import answer
+        from vlmamba_lite.files import check_output, file_finder
         from vlmamba_lite.evaluation.metrics import evaluate_benchmark, read_benchmark
         folder = output or model / "eval" / benchmark
+        file_finder(model)                                               # a model that is missing makes no folder
+        check_output(folder, folder=True)
         samples, device = read_benchmark(benchmark, data)[:limit], pick_device(device)
         easy = benchmark == "easy_vqa"                                   # an answer must end, as in `vlmamba train`
         tokens = 3 if easy else tokens
@@ -303,6 +314,8 @@ def ablate_command(
         console.print(f"{result['task']}, {result['row']}, seed {result['seed']}{score}", soft_wrap=True, markup=False)
     with clean_errors(stopped="stopped; finished runs are kept. The same command goes on with the rest"):
         from vlmamba_lite.evaluation.grid import cost_table, run_grid
+        from vlmamba_lite.files import check_output
+        check_output(output, folder=True)
         results = run_grid(row or None, task or None, seeds, output, minutes, dry_run, threads, device, print_row)
         text = cost_table(results) if dry_run else f"{len(results)} results are in {output}"
     console.print(text, soft_wrap=True, markup=False)
@@ -327,6 +340,8 @@ def check_command(
     Exit code 1 where it has errors."""
     with clean_errors():
         from vlmamba_lite.data.checks import check_data, open_data, open_tokenizer, report_table
+        if root is not None and not root.is_dir():
+            raise ValueError(f"root: no folder {root}")
         opened = None if tokenizer is None else open_tokenizer(tokenizer)
         report = check_data(open_data(path, root), opened, template, max_length, limit)
     print(json.dumps(report) if as_json else report_table(report))

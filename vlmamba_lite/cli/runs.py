@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import psutil
 import torch
@@ -81,6 +82,8 @@ def make_plan(settings, stages):
     if settings.data is None:
         need = " ".join(f"--data {stage.name}=PATH" for stage in stages)
         raise ValueError(f"data: got none for the preset {settings.preset!r}, need them for each stage: {need}")
+    if settings.pictures is not None and not Path(settings.pictures).is_dir():
+        raise FileNotFoundError(f"pictures: no folder {settings.pictures}")
     sets = {name: [open_data(path, settings.pictures) for path in paths] for name, paths in settings.data.items()}
     held = [open_data(path, settings.pictures) for path in settings.validation or []]
     tokenizer = model_tokenizer(settings) if settings.weights == "random" else settings.tokenizer
