@@ -12,7 +12,7 @@ from measures import gradients, rms_error
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from vlmamba_lite.layers.mamba3 import FORMS, Mamba3, Mamba3State, rotate, running_angle, trapezoid_by_ssd, trapezoid_recurrent
+from vlmamba_lite.layers.mamba3 import FORMS, Mamba3, Mamba3State, running_angle, trapezoid_by_ssd, trapezoid_recurrent, turn
 from vlmamba_lite.ops.ssd import chunked_form, quadratic_form, recurrent_form, ssd_chunked
 
 close = partial(assert_close, rtol=1e-12, atol=1e-12)
@@ -134,7 +134,7 @@ def test_rotation_is_a_complex_product(halves):
     pairs = torch.complex(*(x.view(5, 2, 4).unbind(1) if halves else x.view(5, 4, 2).unbind(2)))
     turned = torch.cat([pairs[:, :3] * torch.polar(torch.ones_like(angle), angle), pairs[:, 3:]], 1)
     parts = torch.view_as_real(turned)
-    close(rotate(x, angle, halves), (parts.mT if halves else parts).flatten(1))
+    close(turn(x, angle, halves), (parts.mT if halves else parts).flatten(1))
 
 
 def test_a_long_sum_of_angles_keeps_its_digits():
@@ -158,7 +158,7 @@ def by_the_book(p, x):
         h, phi, last = torch.zeros(b, P, N, dtype=x.dtype), torch.zeros(b, S, dtype=x.dtype), 0.
         for t in range(L):
             phi = phi + dt[:, t, n, None] * math.pi * torch.tanh(theta[:, t])
-            k, q = (rotate(i[:, t] + bias[n, 0], phi) for i, bias in ((B, p.B_bias), (C, p.C_bias)))
+            k, q = (turn(i[:, t] + bias[n, 0], phi) for i, bias in ((B, p.B_bias), (C, p.C_bias)))
             v = u[:, t, n * P:(n + 1) * P]
             step, decay, part = dt[:, t, n, None, None], (dt[:, t, n] * A[:, t, n]).exp()[:, None, None], lam[:, t, n, None, None]
             new = v[:, :, None] * k[:, None]

@@ -152,10 +152,11 @@ def block_parts(block, batch, length, seed=0):
 
     with torch.no_grad():
         delta, B, C = select(u).split([block.d_inner, n, n], -1)
+    conv = block.conv1d.weight, block.conv1d.bias
     scan = u.mT, delta.mT, -torch.exp(block.A_log), B.mT, C.mT, block.D, z.mT
     parts = {"whole block": (block, [x]),
              "in_proj, out_proj": (lambda x: block.out_proj(block.in_proj(x)[..., :block.d_inner]), [x]),
-             "convolution, SiLU": (lambda u: causal_conv1d(u, block.conv1d.weight, block.conv1d.bias, silu=True)[0], [u]),
+             "convolution, SiLU": (lambda u: causal_conv1d(u, *conv, silu=True)[0], [u]),
              "x_proj, dt_proj": (select, [u]),
              "scan with D, gate, softplus": (lambda *a: selective_scan(*a, None, True, backend=block.backend), scan)}
     return {name: training_step(f, inputs, block) for name, (f, inputs) in parts.items()}
