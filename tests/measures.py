@@ -18,10 +18,11 @@ def lively(model, seed=0):
 
 
 def rms_error(got, want):
-    "Relative error as a ratio of root mean squares, measured in float64; where all of `want` is 0, the size of `got` itself."
+    "Relative error as a ratio of root mean squares, measured in float64; where `want` is nothing, the size of `got` itself."
     got, want = got.double(), want.double()
     assert got.shape == want.shape
-    return ((got - want).norm() / (want.norm() if want.any() else 1.)).item()
+    size = want.norm()
+    return ((got - want).norm() / (size if size > 1e-30 else 1.)).item()
 
 
 def gradients(outputs, inputs):

@@ -906,7 +906,7 @@ def resident(reset=False):
 def test_loading_takes_the_weights_and_one_tensor(small, tmp_path, dtype, share):
     "Pages of the files that are mapped count, too."
     config = lite_config(small.tokenizer.get_vocab_size())
-    config.language = MambaConfig(768, 6, 30, 1, mixer_args=dict(d_state=8))
+    config.language = MambaConfig(768, 6, 31, 1, mixer_args=dict(d_state=8))
     model = VLMamba(config, small.tokenizer)
     model.save_pretrained(tmp_path, max_shard_size="40MB")
     sizes = [t.numel() * t.element_size() for t in model.state_dict().values()]

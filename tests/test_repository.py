@@ -34,7 +34,8 @@ def test_top_level():
 
 
 def test_no_file_is_huge():
-    assert not [name for name in tracked() if (ROOT / name).is_file() and (ROOT / name).stat().st_size > 3_000_000]
+    allowed = {"data/emoji/emoji.parquet": 8_000_000}                     # 4,331 drawings, compressed without loss
+    assert not [name for name in tracked() if (ROOT / name).is_file() and (ROOT / name).stat().st_size > allowed.get(name, 3_000_000)]
 
 
 @pytest.mark.parametrize("page", pages())
