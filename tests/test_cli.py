@@ -305,6 +305,7 @@ def test_settings_bring_their_recipe():
     lite = settings_of({"training": {"steps": 5}})
     [stage] = lite["stages"]
     assert lite["recipe"] == "lite" and lite["training"][stage]["steps"] == 5 and lite["training"][stage]["batch_size"] == 32
+    assert lite["workers"] is None                            # as many as `train` takes: 2 beside a GPU, none beside a CPU
 
 
 def test_resolved_settings_are_settings():
@@ -401,6 +402,12 @@ def test_other_parts_and_numbers_for_the_small_model(few):
     again = vlmamba("train", "--config", "here/run_config.json", "--output", "here", "--resume")
     assert again.code == 0 and "Everything is in here" in again.out, again
     is_a_mistake(vlmamba("train", "--config", "here/run_config.json", "--output", "here", "--resume", "--connector", "vss_mlp"), "model.connector: got vss_mlp, need mlp")
+    slower = ("train", "--config", "here/run_config.json", "--output", "here", "--set", "training.lr=5e-4")
+    is_a_mistake(vlmamba(*slower, "--resume"), "lr.*with which this run began")
+    again = vlmamba(*slower, "--resume-changed")              # it is meant
+    assert again.code == 0 and "Everything is in here" in again.out, again
+    assert [stage["lr"] for stage in json.loads(Path("here/run_config.json").read_text())["training"].values()] == [5e-4]
+    is_a_mistake(vlmamba(*slower, "--output", "none", "--resume-changed"), "resume: no checkpoint in ")
 
 
 # train: conversations

@@ -283,6 +283,15 @@ def test_questions_are_drawn_anew(tokenizer):
 def test_batches_move_to_a_device(tokenizer):
     batch = make_batches(tokenizer)[0]
     assert same(batch.to("cpu"), batch) and batch.to("meta").labels.device.type == "meta" and batch.to("meta").names == batch.names
+    assert batch.to("meta", non_blocking=True).learns.is_meta and batch.to("meta").cuts == batch.cuts
+
+
+def test_batches_are_pinned(tokenizer, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda part: pinned.append(part) or part.clone())
+    batch = make_batches(tokenizer)[0]
+    new = batch.pin_memory()
+    assert same(new, batch) and all(any(getattr(batch, name) is part for part in pinned) for name in [*TENSORS, "learns"])
 
 
 # ---- streams ----

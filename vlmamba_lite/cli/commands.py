@@ -178,7 +178,8 @@ torchrun --nproc_per_node 8 -m vlmamba_lite.cli train --config run.yaml --parall
 
 def start_training(given):
     "Does what `vlmamba train` does, from its options by their names."
-    launched, resume, of = int(os.environ.get("WORLD_SIZE", 1)), given["resume"], given["config"]
+    launched, of = int(os.environ.get("WORLD_SIZE", 1)), given["config"]
+    resume = "changed" if given["changed"] else given["resume"]
     with clean_errors(stopped="stopped before the first step; nothing was written"):
         from vlmamba_lite.cli import runs
         from vlmamba_lite.cli.settings import parse_change, read_settings, resolve_settings, run_folder
@@ -242,14 +243,17 @@ def train_command(
         output: _place(Name, "the run's folder  \\[default: runs/<preset>-seed<seed>]", "DIR") = None,
         device: _place(Name, "auto, cpu or cuda  \\[default: auto]") = None,
         parallel: _place(Name, "auto, ddp or fsdp, where several processes were launched  \\[default: auto]") = None,
-        workers: _place(Number, "processes that read pictures, beside each that trains  \\[default: 0]", min=0) = None,
+        workers: _place(Number, "processes that read pictures, beside each that trains  \\[default: 2 on a GPU, else 0]",
+                        min=0) = None,
         tracker: _place(Names, "{trackers}; may be repeated") = None,
         config: _look(Path | None, "a YAML or JSON file of settings; options win over it", "FILE") = None,
         dry_run: _look(bool, "print all settings as such a file, with parameters and memory as comments; train nothing",
                        None, "--dry-run") = False,
         processes: _look(Number, "for how many processes --dry-run counts memory  \\[default: those launched]",
                          min=1) = None,
-        resume: _look(bool, "go on with the run in the folder, from its last checkpoint", None, "--resume") = False):
+        resume: _look(bool, "go on with the run in the folder, from its last checkpoint", None, "--resume") = False,
+        changed: _look(bool, "as --resume, also where data, model or options are not those the run began with", None,
+                       "--resume-changed") = False):
     """Trains a model: the small one on embedded data, or the papers' on conversations, in their stages.
 
     Everything is left in a folder."""
@@ -288,11 +292,10 @@ def eval_command(
             task = bar.add_task(benchmark, total=len(samples))
             result = evaluate_benchmark(ask, benchmark, samples, folder, batch_size, resume, suffix, settings=settings,
                                         on_step=lambda done: bar.update(task, completed=done))
-    scale, unit = (1, "points") if benchmark == "mme" else (100, "%")
-    table = Table(f"{benchmark}, {result['questions']} questions", unit, "95 % interval")
+    table = Table(f"{benchmark}, {result['questions']} questions", "%", "95 % interval")
     for name, value in result["scores"].items():
         low, high = result["intervals"][name]
-        table.add_row(name, f"{scale * value:.2f}", f"{scale * low:.2f} to {scale * high:.2f}")
+        table.add_row(name, f"{100 * value:.2f}", f"{100 * low:.2f} to {100 * high:.2f}")
     console.print(table)
     console.print(f"predictions.jsonl and result.json are in {folder}", soft_wrap=True, markup=False)
 

@@ -81,7 +81,7 @@ class Settings(Form):
     output: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    workers: _count(0, 256) = 0
+    workers: _count(0, 256) | None = None               # None: 2 beside a GPU, none beside a CPU
     trackers: list[Literal[TRACKERS]] = []
 
     def changed_parts(self):

@@ -9,6 +9,7 @@ __all__ = ['pad_rows', 'Tally', 'Batch', 'collate', 'collate_by_image', 'first_f
 # %% ../../nbs/data/14_batches.ipynb #1df11900
 import io
 from collections import Counter
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import accumulate, chain
@@ -19,6 +20,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from .conversations import Codec, SampleError, encode_conversation, sample_error
+from ..language.model import next_labels
 from .pictures import augment_pictures, open_image, process_images, read_picture
 
 # %% ../../nbs/data/14_batches.ipynb #1588c46e
@@ -68,6 +70,11 @@ class Batch:
     names: list                # of the texts
     tally: Tally = field(default_factory=Tally)
 
+    def __post_init__(self):             # on the CPU, for nobody waits for it: places that learn, columns where texts begin
+        targets = None if self.labels is None else next_labels(self.labels, self.mask).flatten()
+        self.learns = None if targets is None else (targets != -100).nonzero()[:, 0]
+        self.cuts = (self.starts >= 0).any(0).nonzero()[:, 0].tolist()
+
     @classmethod
     def from_rows(cls, images, input_ids, labels, mask=None):
         "The batch of images (b, 3, h, w) and rows (b × q, T), q a picture in the pictures' order. No mask: all real."
@@ -80,9 +87,19 @@ class Batch:
         names = list(map(str, range(len(input_ids))))
         return cls(images, pictures[:, None], pictures.repeat_interleave(q), starts, input_ids, labels, mask, names)
 
-    def to(self, device):
+    def each(self, move, **parts):
+        "A copy with `move` of all tensors, and with other parts; it learns and is cut where this one is."
+        new, parts = copy(self), vars(self) | parts
+        vars(new).update({name: move(part) if torch.is_tensor(part) else part for name, part in parts.items()})
+        return new
+
+    def to(self, device, non_blocking=False):
         "The batch with its tensors on a device."
-        return replace(self, **{name: part.to(device) for name, part in vars(self).items() if torch.is_tensor(part)})
+        return self.each(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self):
+        "The batch in memory from which a GPU copies while the CPU goes on; a `DataLoader` calls it."
+        return self.each(torch.Tensor.pin_memory)
 
 # %% ../../nbs/data/14_batches.ipynb #131ac40d
 def collate(rows, pad_id, share=False, lines=None):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'LARGEST', 'KINDS', 'LOGITS_AT_ONCE', 'check_arguments', 'MambaConfig', 'read_stream', 'SwiGLU', 'Block',
-           'Backbone', 'check_range', 'real_labels', 'next_token_loss', 'LMOutput', 'MambaLM', 'check_inputs',
+           'Backbone', 'check_range', 'next_labels', 'next_token_loss', 'LMOutput', 'MambaLM', 'check_inputs',
            'last_token', 'select_state', 'clone_state', 'save_state', 'load_state']
 
 # %% ../../nbs/language/07_model.ipynb #0de8ee9a
@@ -188,23 +188,25 @@ def check_range(name, ids, limit, beside=""):
         raise ValueError(f"{name}: got numbers from {low} to {high}, need {beside}0 to {limit - 1}")
 
 
-def real_labels(labels, mask):
-    "labels (b, L) with -100 at pads and where a pad would have to predict; mask (b, L), True at real tokens."
-    before = F.pad(mask[:, :-1], (1, 0), value=True)     # is the token before this one real?
-    return labels.masked_fill(~(mask & before), -100)
+def next_labels(labels, mask=None):
+    "What each position learns: labels (b, L) of the tokens after it, -100 at and after pads; mask True at real tokens."
+    if mask is not None:
+        before = F.pad(mask[:, :-1], (1, 0), value=True)         # is the token before this one real?
+        labels = labels.masked_fill(~(mask & before), -100)
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
-def next_token_loss(x, labels, mask=None, head=nn.Identity(), part=None):
+def next_token_loss(x, labels, mask=None, head=nn.Identity(), part=None, at=None):
     """Mean cross-entropy, in nats, of token t + 1 from position t. labels (b, L) stand under their tokens, -100 where
     nothing is to be learnt; mask (b, L), True at real tokens. ValueError if nothing is learnt.
 
-    x: logits (b, L, V), or vectors (b, L, d) that `head` makes logits of, `part` learning positions at a time."""
+    x: logits (b, L, V), or vectors (b, L, d) that `head` makes logits of, `part` learning positions at a time. at: the
+    numbers (n,) of those positions among the b L, where they are known: to look for them is to wait for a GPU."""
     if labels.shape != x.shape[:-1]:
         raise ValueError(f"labels: got shape {tuple(labels.shape)}, need {tuple(x.shape[:-1])}")
-    labels = labels if mask is None else real_labels(labels, mask)
-    x, labels = x.flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    x, labels = x.flatten(0, 1), next_labels(labels, mask).flatten()
     if not torch.compiler.is_compiling():                # no size in a compiled graph may depend on the labels
-        at = (labels != -100).nonzero()[:, 0]            # the one place that waits for a GPU
+        at = (labels != -100).nonzero()[:, 0] if at is None else at
         if not len(at):
             raise ValueError("labels: got no label other than -100 after a row's first, need one to learn from")
         x, labels = x[at], labels[at]
@@ -260,12 +262,12 @@ class MambaLM(nn.Module):
         rows start from -> LMOutput. Raises a ValueError that names the argument that does not fit."""
         return self.output(*self.hidden(input_ids, inputs_embeds, mask, state, return_state), labels, mask)
 
-    def output(self, x, state=None, labels=None, mask=None):
-        "The stream x (b, L, d_model) of `hidden` -> LMOutput: all logits, or the loss of positions with labels."
+    def output(self, x, state=None, labels=None, mask=None, at=None):
+        "The stream x (b, L, d_model) of `hidden` -> LMOutput: all logits, or the `next_token_loss` of labels."
         if labels is None:
             return LMOutput(None, self.head(x), state)
         part = -(-LOGITS_AT_ONCE // self.config.vocab_size)
-        return LMOutput(next_token_loss(x, labels, mask, self.head, part), None, state)
+        return LMOutput(next_token_loss(x, labels, mask, self.head, part, at), None, state)
 
     def read_prompt(self, input_ids, mask=None, state=None):
         "A prompt (b, L), mask (b, L) -> logits (b, vocab_size) after each row's last real token, state."

@@ -80,11 +80,10 @@ class VLMamba(nn.Module):
         if len(batch.prefix_of) == len(batch.input_ids):                                    # one text a line
             state = states and select_state(states, batch.prefix_of[batch.starts[:, 0]])    # (lines, ...)
             x, _ = self.language.hidden(batch.input_ids, mask=batch.mask, state=state, return_state=False)
-            return self.language.output(x, None, batch.labels, batch.mask)
+            return self.language.output(x, None, batch.labels, batch.mask, batch.learns)
         # Packed lines are read in pieces: at each column where texts begin, their lines get a new state.
-        cuts = (batch.starts >= 0).any(0).nonzero().flatten().tolist() + [batch.starts.shape[1]]
         state, pieces = None, []
-        for start, end in zip(cuts, cuts[1:]):
+        for start, end in zip(batch.cuts, [*batch.cuts[1:], batch.starts.shape[1]]):
             text = batch.starts[:, start]                                          # (lines,): number of a text, or -1
             new = states and select_state(states, batch.prefix_of[text.clamp(min=0)])
             if new is None and state is not None:
@@ -94,7 +93,7 @@ class VLMamba(nn.Module):
                 new = [type(s)(*map(torch.where, b, n, s)) for b, n, s in zip(begins, new, state)]
             x, state = self.language.hidden(batch.input_ids[:, start:end], mask=batch.mask[:, start:end], state=new)
             pieces.append(x)
-        return self.language.output(torch.cat(pieces, 1), None, batch.labels, batch.mask)
+        return self.language.output(torch.cat(pieces, 1), None, batch.labels, batch.mask, batch.learns)
 
     # pictures and sentences in, answers out
 

@@ -184,7 +184,8 @@ def ssd_quadratic(x, dt, A, B, C, *, chunk_size=256, **options):
 
 def _autocast_dtype(x):
     device = x.device.type if isinstance(x, torch.Tensor) else "cpu"
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    known = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if known else None
 
 
 def ssd_chunked(x, dt, A, B, C, *, chunk_size=256, **options):

@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data.batches import collate_packed
-from ..language.model import real_labels
 from .checkpoints import has_checkpoint
 from .distributed import Processes, main_process
 from .recipes import count_steps, learning_rate, set_modes
@@ -35,7 +34,7 @@ def train_step(learner, optimizers, batches, lr, clip, processes):
     loss = torch.zeros((), device=processes.device)
     for i, (batch, share) in enumerate(zip(batches, shares)):
         with processes.hold(learner, i < len(batches) - 1):            # gradients travel between processes once a step
-            part = learner(batch.to(processes.device)) * share
+            part = learner(batch.to(processes.device, non_blocking=True)) * share
             part.backward()                                            # one micro-batch at a time frees its activations
         loss += part.detach() / processes.count                        # averaged gradients: hence a factor in `shares`
     norm = nn.utils.clip_grad_norm_(learner.parameters(), clip)        # a strange batch must not throw the weights far
@@ -100,7 +99,7 @@ def micro_batches(source, stage, processes=1, process=0, start=0, workers=0, pin
 # %% ../../nbs/training/17_loop.ipynb #e4cd4ea6
 def learned_tokens(batch):
     "The number of tokens whose mean is the loss of a batch."
-    return int((real_labels(batch.labels, batch.mask)[:, 1:] != -100).sum())
+    return len(batch.learns)
 
 # %% ../../nbs/training/17_loop.ipynb #70c34308
 class Learner(nn.Module):
@@ -120,7 +119,7 @@ class Learner(nn.Module):
         "The mean loss over the learned tokens of a `Batch`, a tensor without dimensions."
         if not batch.images.numel():       # all processes run the same modules: a black picture of no text, gradient 0
             nowhere = dict(prefixes=torch.tensor([[0], [-1]]), prefix_of=torch.ones_like(batch.prefix_of))
-            batch = replace(batch, images=self.blank, **nowhere).to(self.model.device)
+            batch = batch.each(lambda part: part.to(self.model.device), images=self.blank, **nowhere)
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.model(batch).loss
 
