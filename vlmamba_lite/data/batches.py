@@ -78,6 +78,8 @@ class Batch:
     @classmethod
     def from_rows(cls, images, input_ids, labels, mask=None):
         "The batch of images (b, 3, h, w) and rows (b × q, T), q a picture in the pictures' order. No mask: all real."
+        if not len(images):
+            raise ValueError("images: got none, need at least one")
         q, rest = divmod(len(input_ids), len(images))
         if rest or not q:
             raise ValueError(f"input_ids: got {len(input_ids)} rows, need a multiple of the {len(images)} images")
