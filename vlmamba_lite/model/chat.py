@@ -20,7 +20,7 @@ class PromptFormat:
         usual = "zephyr" if tokenizer.token_to_id(EOS) is None else "lite"
         self.template = pick_template(usual if template is None else template)
         self.codec = Codec(tokenizer)
-        if not (self.template.alone or ask_ids(self.codec, self.template, "", "question")):
+        if not (self.template.asks or self.codec.literal(self.template.begin)):
             raise ValueError(f"template: got {template!r}, need one that begins an answer in this model's words")
         self.end = self.codec.literal(self.template.end)
         self.stops = sorted({self.codec.eos_id, *(self.end if len(self.end) == 1 else [])})
