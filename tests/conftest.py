@@ -40,15 +40,18 @@ def small():
 @pytest.fixture(scope="session")
 def make_model(small):
     "A function: a new tiny `VLMamba` with random weights, of any connector, mixer, and field of `MambaConfig`."
+    from inspect import signature
+
     import torch
 
+    from vlmamba_lite.connectors.connectors import CONNECTORS
     from vlmamba_lite.model.presets import tiny_config
     from vlmamba_lite.model.vlmamba import VLMamba
 
     def make(connector="vss_l2", mixer="mamba2", seed=0, **language):
         config = tiny_config(small.tokenizer.get_vocab_size())
         config.connector = connector
-        if connector == "mlp":
+        if "scan" not in signature(CONNECTORS[connector]).parameters:
             config.connector_args = {}
         config.language.mixer = mixer
         config.language.mixer_args = {"mamba": dict(d_state=4), "mamba2": dict(d_state=8, headdim=8, chunk_size=32)}[mixer]

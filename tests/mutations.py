@@ -60,7 +60,7 @@ MUTATIONS = (                                                        # (old text
     ("return self.out_proj(y / self.K if self.merge == \"mean\" else y)", "return self.out_proj(y)", "msc"),
     ("y = y.sum(1) * F.silu(z) if self.norm is None", "y = y.sum(1) if self.norm is None", "msc"),
     # masks, loss, sampling
-    ("return labels.masked_fill(~(mask & before), -100)", "return labels.masked_fill(~mask, -100)", "language_model"),
+    ("labels = labels.masked_fill(~(mask & before), -100)", "labels = labels.masked_fill(~mask, -100)", "language_model"),
     ("F.pad(labels[:, 1:], (0, 1), value=-100)", "F.pad(labels[:, :-1], (1, 0), value=-100)", "language_model"),
     ("projection.weight /= math.sqrt(len(last) * config.n_layer)", "projection.weight /= math.sqrt(config.n_layer)", "language_model"),
     ("p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)", "p = p.masked_fill(p.cumsum(-1) >= top_p, 0)", "language_model"),

@@ -1,5 +1,6 @@
 """The Mamba and Mamba-2 blocks (chapters 05 and 06) against their equations in float64, and against themselves fed in other ways."""
 import copy
+from inspect import signature
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from measures import gradients, rms_error
 from torch import nn
 from torch.testing import assert_close
+
+from vlmamba_lite.layers.mamba import Mamba
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS)
@@ -248,3 +251,23 @@ def test_bad_input_is_named(kind, call, message):
     block = kind.random()
     with pytest.raises(ValueError, match=message.format(width=kind.width, less=kind.width - 1, conv=block.conv1d.weight.shape[0])):
         call(block, kind.width)
+
+
+@pytest.mark.parametrize("wrong", [dict(d_state=0), dict(d_state="4"), dict(d_model=0), dict(d_model="16"), dict(d_conv=0), dict(expand=0)], ids=str)
+def test_sizes_that_are_none_are_named(kind, wrong):
+    name, = wrong
+    if name not in signature(type(kind.random())).parameters:
+        pytest.skip("it has none")
+    with pytest.raises(ValueError, match=f"^({name}|expand . d_model|headdim): got "):
+        type(kind.random())(**{"d_model": 16, **({} if "headdim" not in signature(type(kind.random())).parameters else {"headdim": 8}), **wrong})
+
+
+def test_a_rank_of_nothing_is_named():
+    with pytest.raises(ValueError, match="^dt_rank: got 0, need a whole number of at least 1$"):
+        Mamba(16, dt_rank=0)
+
+
+def test_a_step_without_a_state_is_named(kind):
+    block = kind.random()
+    with pytest.raises(ValueError, match="^state: got None, need the state before the token"):
+        block.step(torch.zeros(1, block.d_model), None)

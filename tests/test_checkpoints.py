@@ -455,6 +455,22 @@ def test_no_folder_and_no_hub(name, tmp_path, monkeypatch):
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_folder_that_is_missing_beside_others_is_not_looked_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr("vlmamba_lite.files.hf_hub_download", lambda *args, **options: pytest.fail("the Hub was asked"))
+    with pytest.raises(FileNotFoundError, match="^model: no folder runs/lite-seed1$"):
+        from_pretrained("runs/lite-seed1")
+
+
+def test_a_gpu_that_is_not_there_is_named(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    write_peer(tmp_path, "mamba", tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="^device: got 'cuda', need 'cpu'"):
+        from_pretrained(tmp_path, device="cuda")
+
+
 def test_mamba_130m_says_what_it_says():
     "The published numbers: transformers' test of mamba-130m-hf."
     files = [huggingface_hub.try_to_load_from_cache("state-spaces/mamba-130m-hf", name) for name in ("config.json", "model.safetensors", "tokenizer.json")]

@@ -286,6 +286,14 @@ def test_batches_move_to_a_device(tokenizer):
     assert batch.to("meta", non_blocking=True).learns.is_meta and batch.to("meta").cuts == batch.cuts
 
 
+def test_a_batch_has_pictures():
+    ids = torch.ones(2, 3, dtype=torch.long)
+    for images, ids, match in ((torch.zeros(0, 3, 8, 8), ids, "^images: got none, need at least one$"), (torch.zeros(3, 3, 8, 8), ids, "^input_ids: got 2 rows"),
+                               (torch.zeros(1, 3, 8, 8), ids[:0], "^input_ids: got 0 rows")):
+        with pytest.raises(ValueError, match=match):
+            Batch.from_rows(images, ids, ids)
+
+
 def test_batches_are_pinned(tokenizer, monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda part: pinned.append(part) or part.clone())

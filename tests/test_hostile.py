@@ -146,6 +146,7 @@ def rows():
         (2, f"ask m ok.png {'z' * 99_999}", r"^.{1,2100}$"), (2, "ask m ok.png '\udcff what'", "need text in UTF-8"), (2, f"ask file ok.png '{ASK}'", "no folder file"),
         (2, f"ask m ok.png '{ASK}' --device tpu", "device: got 'tpu'"), (2, "ask m ok.png", "Missing argument"), (2, f"ask m ok.png '{ASK}' more", "unexpected extra"),
         (2, "chat m --state nosuch", "nosuch"), (2, "chat m --state torn.state", "torn.state"), (2, "chat m --state file", "file"), (2, "chat m --template nope", "template: got 'nope'"),
+        (2, "chat m --template plain", "template: got 'plain'"),
         (2, "chat m --top-p 0", "top_p: got"), (2, "chat m --top-p 2", "--top-p"), (2, "chat m --top-k 0", "--top-k"), (2, "chat m --temperature -1", "--temperature"),
         (2, "chat m --tokens 0", "--tokens"), (2, "chat m --seed 99999999999999999999", "--seed"), (0, "chat m --state kept.state", ""),
         (2, "demo nosuch", "no folder nosuch"), (2, "demo m --port 0", "--port"), (2, "demo m --port 99999", "--port"), (2, "demo m --host 999.1.1.1", "host: got '999.1.1.1'"),
@@ -156,7 +157,8 @@ def rows():
         (0, "data check d.json", ""), (1, "data check gone.json", "gone.png"), (2, "data check d.json --root nosuch", "root: no folder nosuch"),
         (2, "data check nosuch.json", "no file"), (2, "data check torn.json", "torn.json"), (2, "data check number.json", "number.json"), (1, "data check turns.json", ""),
         (2, "data check d.json --template nope", "template: got 'nope'"), (2, "data check d.json --tokenizer file", "file"), (2, "data check d.json --limit 0", "--limit"),
-        (2, "data", "Usage"), (2, "nope", "No such command"), (2, "bench nope", "No such command"), (2, "", "Usage"), (0, "--version", r"\d\.\d")]
+        (2, "data", "Usage"), (2, "nope", "No such command"), (2, "bench nope", "No such command"), (2, "bench scaling --output m", "output: m is a folder"),
+        (2, "bench prefix --output file/x", "output: file/x cannot"), (2, "bench gpu --device cpu --output file", "output: file is not a folder"), (2, "", "Usage"), (0, "--version", r"\d\.\d")]
 
 
 ROWS = list(rows())

@@ -1117,3 +1117,13 @@ def test_a_local_folder_is_never_asked_of_the_hub(make_model, hub, tmp_path, mon
     refused("runs/empty", FileNotFoundError, "^model: no config.json in runs/empty$")
     refused(tmp_path.relative_to(tmp_path) / "a" / "b", FileNotFoundError, "^model: no folder a/b$")          # a Path is a folder
     assert not hub.calls
+
+
+def test_a_model_without_a_tokenizer_says_so(make_model, small, tmp_path):
+    model = make_model()
+    model.tokenizer = None
+    for call in (lambda: model.ask(small.rows[0]["image"], "what color is the shape?"), lambda: model.chat(small.rows[0]["image"]),
+                 lambda: model.save_pretrained(tmp_path / "m")):
+        with pytest.raises(ValueError, match="^tokenizer: got None, need one to (ask|save)"):
+            call()
+    assert not (tmp_path / "m").exists()

@@ -304,6 +304,14 @@ def test_every_connector_can_be_named(connector):
     assert preset_config("vl-mamba-2.8b", connector=connector).connector == connector
 
 
+def test_a_new_connector_without_a_scan_gets_none(monkeypatch, make_model):
+    class Pooled(CONNECTORS["mlp"]):
+        "All of it."
+    monkeypatch.setitem(CONNECTORS, "pooled", Pooled)
+    assert preset_config("tiny", 31, connector="pooled").connector_args == {} and isinstance(make_model("pooled").connector, Pooled)
+    one_line(lambda: preset_config("tiny", 31, connector="pooled", scan="csm"), "^scan: got one for the connector 'pooled', which does not scan")
+
+
 @pytest.mark.parametrize("call, match", [
     (lambda: preset_config("vl-mamba-7b"), r"^preset: got 'vl-mamba-7b', need one of \['lite', 'ml-mamba-2.7b', 'tiny', "),
     (lambda: preset_config("vl-mamba/t9/mlp"), "^preset: got 'vl-mamba/t9/mlp', need one of"),

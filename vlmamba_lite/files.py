@@ -161,9 +161,10 @@ def _hub_file(model, revision, offline, name):
 def file_finder(name, revision=None):
     """A function from the names that a file of a model may have to the path of the first that is there.
 
-    name: a folder, or, as a text "user/name", a model on the Hugging Face Hub. Both raise FileNotFoundError."""
+    name: a folder, or, as a text "user/name" without a folder "user" here, a model on the Hugging Face Hub. Both raise
+    FileNotFoundError."""
     folder = Path(name).expanduser()
-    on_hub = isinstance(name, str) and name.count("/") == 1 and name[0] not in "./~" and not folder.exists()
+    on_hub = isinstance(name, str) and name.count("/") == 1 and name[0] not in "./~" and not folder.parent.is_dir()
     if not on_hub and not folder.is_dir():
         raise FileNotFoundError(f"model: no folder {name}")
     places = [saved_files(folder)]
@@ -241,6 +242,8 @@ def load_weights(model, tensors, device=None, dtype=None, rename=None, source="w
     filled where it is. rename: from a name in the file to the model's. Copies, as of a tied head, must be equal.
     Raises a `KeyReport`, which begins with `source`, unless every name and shape fits; then nothing is filled. Raises
     ValueError for a tensor with a number that is not finite."""
+    if torch.device(device or "cpu").type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: got {str(device)!r}, need 'cpu': there is no CUDA GPU here")
     targets, names_of, pairs = model.state_dict(keep_vars=True), {}, []
     for name, target in targets.items():
         names_of.setdefault(id(target), []).append(name)                 # a tied weight has several names

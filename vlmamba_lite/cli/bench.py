@@ -87,6 +87,7 @@ def add_bench(name, usual, text):
     "A command of `vlmamba bench` with the options of `BENCHES`."
     def command(output, threads, **settings):
         with clean_errors():
+            import_module("vlmamba_lite.files").check_output(output or Path("data/results/result.json"))
             result, file = run_bench(name, threads, settings)
             path = output or Path("data/results") / f"{file}.json"
             import_module("vlmamba_lite.training.results").write_result(
@@ -130,6 +131,8 @@ def gpu_command(output: option(Path, "the folder of the result files", "DIR") = 
     "The first hour on a GPU: tests, kernels, lite, training, generation. Exit code 1 if one of them fails."
     with clean_errors():
         from vlmamba_lite.evaluation.gpu import bench_gpu
+        from vlmamba_lite.files import check_output
+        check_output(output, folder=True)
         result = bench_gpu(output, minutes, only, device, on_part=lambda row: console.print(
             f"{row['part']}: {row['why'] or 'passed'}, {row['seconds']} s", soft_wrap=True, markup=False))
     console.print(f"the results are in {output}", soft_wrap=True, markup=False)

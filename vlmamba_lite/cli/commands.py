@@ -243,7 +243,7 @@ def train_command(
         output: _place(Name, "the run's folder  \\[default: runs/<preset>-seed<seed>]", "DIR") = None,
         device: _place(Name, "auto, cpu or cuda  \\[default: auto]") = None,
         parallel: _place(Name, "auto, ddp or fsdp, where several processes were launched  \\[default: auto]") = None,
-        workers: _place(Number, "processes that read pictures, beside each that trains  \\[default: 2 on a GPU, else 0]",
+        workers: _place(Number, "processes that read pictures, for each that trains  \\[default: 2 on a GPU, else 0]",
                         min=0) = None,
         tracker: _place(Names, "{trackers}; may be repeated") = None,
         config: _look(Path | None, "a YAML or JSON file of settings; options win over it", "FILE") = None,

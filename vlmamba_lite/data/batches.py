@@ -70,7 +70,7 @@ class Batch:
     names: list                # of the texts
     tally: Tally = field(default_factory=Tally)
 
-    def __post_init__(self):             # on the CPU, for nobody waits for it: places that learn, columns where texts begin
+    def __post_init__(self):             # on the CPU, so that nothing waits for a GPU: what learns, where texts begin
         targets = None if self.labels is None else next_labels(self.labels, self.mask).flatten()
         self.learns = None if targets is None else (targets != -100).nonzero()[:, 0]
         self.cuts = (self.starts >= 0).any(0).nonzero()[:, 0].tolist()
@@ -78,6 +78,8 @@ class Batch:
     @classmethod
     def from_rows(cls, images, input_ids, labels, mask=None):
         "The batch of images (b, 3, h, w) and rows (b × q, T), q a picture in the pictures' order. No mask: all real."
+        if not len(images):
+            raise ValueError("images: got none, need at least one")
         q, rest = divmod(len(input_ids), len(images))
         if rest or not q:
             raise ValueError(f"input_ids: got {len(input_ids)} rows, need a multiple of the {len(images)} images")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..ops.chunked import once
 from ..ops.cpp import call_kernel, in_memory, without_compiler
-from ..ops.reference import require, scan_dtype, scan_step
+from ..ops.reference import check_sizes, require, scan_dtype, scan_step
 from ..ops.selective_scan import selective_scan, usable, without_cuda_package
 
 # %% ../../nbs/layers/05_mamba.ipynb #256f35dc
@@ -136,6 +136,7 @@ def check_block_inputs(x, ndim, width, state=None, shapes=()):
     if x.ndim != ndim or x.shape[-1] != width or 0 in x.shape:
         need = f"(batch, {'length, ' * (ndim - 2)}{width}), none of them 0"
         raise ValueError(f"{'x' if ndim == 3 else 'x_t'}: got {tuple(x.shape)}, need {need}")
+    require(ndim == 3 or state is not None, "state", None, "the state before the token, as of empty_state")
     for name, part, shape in zip(("conv", "ssm"), state or (), shapes):
         require(tuple(part.shape) == (x.shape[0], *shape), f"state.{name}", tuple(part.shape), (x.shape[0], *shape))
 
@@ -186,10 +187,12 @@ class Mamba(nn.Module):
     def __init__(self, d_model, d_state=16, d_conv=4, expand=2, dt_rank="auto", dt_min=1e-3, dt_max=0.1,
                  dt_init_floor=1e-4, bias=False, conv_bias=True, backend="auto", conv_backend="auto"):
         super().__init__()
+        check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv)
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
         self.backend, self.conv_backend = backend, conv_backend
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        check_sizes(dt_rank=self.dt_rank, **{"expand * d_model": self.d_inner})
         self.state_shapes = (self.d_inner, d_conv), (self.d_inner, d_state)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)                    # u, then z
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, bias=conv_bias)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .mamba import (causal_conv1d, check_block_inputs, init_dt_bias, next_window,
                                        no_weight_decay, pack_tokens, unpack_tokens)
-from ..ops.reference import require, scan_dtype
+from ..ops.reference import check_sizes, require, scan_dtype
 from ..ops.ssd import ssd
 
 # %% ../../nbs/layers/06_mamba2.ipynb #e3d558be
@@ -45,7 +45,7 @@ class Mamba2State(NamedTuple):
 
 def split_sizes(d_inner, headdim, ngroups):
     "The number of heads. Raises `ValueError` unless heads divide the channels, and groups the heads."
-    require(headdim >= 1 and d_inner % headdim == 0, "headdim", headdim, f"a divisor of d_inner = {d_inner}")
+    require(1 <= headdim <= d_inner and d_inner % headdim == 0, "headdim", headdim, f"a divisor of d_inner = {d_inner}")
     nheads = d_inner // headdim
     require(ngroups >= 1 and nheads % ngroups == 0, "ngroups", ngroups, f"a divisor of nheads = {nheads}")
     return nheads
@@ -62,6 +62,7 @@ class Mamba2(nn.Module):
                  dt_min=1e-3, dt_max=0.1, dt_init_floor=1e-4, dt_limit=(0., math.inf), norm_before_gate=False,
                  bias=False, conv_bias=True, chunk_size=256, backend="auto", conv_backend="auto"):
         super().__init__()
+        check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, chunk_size=chunk_size)
         self.d_model, self.d_state, self.d_conv, self.headdim, self.ngroups = d_model, d_state, d_conv, headdim, ngroups
         self.dt_limit, self.chunk_size = tuple(dt_limit), chunk_size
         self.backend, self.conv_backend = backend, conv_backend
@@ -127,7 +128,7 @@ class Mamba2(nn.Module):
     def step(self, x_t, state):
         "One token: x_t (b, d_model), state -> y_t (b, d_model), the next state. Raises `ValueError` for other shapes."
         b, (conv, ssm) = len(x_t), self.state_shapes
-        if [tuple(t.shape) for t in (x_t, *state)] != [(b, self.d_model), (b, *conv), (b, *ssm)]:
+        if [tuple(t.shape) for t in (x_t, *(state or ()))] != [(b, self.d_model), (b, *conv), (b, *ssm)]:
             check_block_inputs(x_t, 2, self.d_model, state, self.state_shapes)           # says what does not fit
         z, xBC, dt = self.in_proj(x_t).split([self.d_inner, self.conv_dim, self.nheads], -1)
         window = torch.cat([state.conv[..., 1:], xBC[..., None].to(state.conv.dtype)], -1)

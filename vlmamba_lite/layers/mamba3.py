@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .mamba import check_block_inputs, init_dt_bias, no_weight_decay, pack_tokens, unpack_tokens
 from .mamba2 import GatedRMSNorm, split_sizes
-from ..ops.reference import require, scan_dtype
+from ..ops.reference import check_sizes, require, scan_dtype
 from ..ops.ssd import chunked_form, quadratic_form
 
 # %% ../../nbs/layers/mamba3.ipynb #09a930d0
@@ -96,6 +96,7 @@ class Mamba3(nn.Module):
                  dt_max=0.1, dt_init_floor=1e-4, A_floor=1e-4, is_outproj_norm=False, is_mimo=False, mimo_rank=4,
                  chunk_size=64, A_activation="softplus", backend="auto"):
         super().__init__()
+        check_sizes(d_model=d_model, d_state=d_state, chunk_size=chunk_size)
         require(A_activation in A_ACTIVATIONS, "A_activation", repr(A_activation), f"one of {', '.join(A_ACTIVATIONS)}")
         require(backend in ("auto", *FORMS), "backend", repr(backend), f"one of auto, {', '.join(FORMS)}")
         self.d_model, self.d_state, self.headdim, self.ngroups = d_model, d_state, headdim, ngroups

@@ -15,9 +15,13 @@ class PromptFormat:
     "Questions into ids, new ids into answers. template: by default 'lite' for a tokenizer with `<eos>`, else 'zephyr'."
 
     def __init__(self, tokenizer, template=None):
+        if tokenizer is None:
+            raise ValueError("tokenizer: got None, need one to ask a model")
         usual = "zephyr" if tokenizer.token_to_id(EOS) is None else "lite"
         self.template = pick_template(usual if template is None else template)
         self.codec = Codec(tokenizer)
+        if not (self.template.asks or self.codec.literal(self.template.begin)):
+            raise ValueError(f"template: got {template!r}, need one that begins an answer in this model's words")
         self.end = self.codec.literal(self.template.end)
         self.stops = sorted({self.codec.eos_id, *(self.end if len(self.end) == 1 else [])})
 

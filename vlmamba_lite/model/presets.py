@@ -9,6 +9,7 @@ __all__ = ['MODEL_PRESETS', 'SIGLIP', 'DINOV2', 'VISION_ENCODERS', 'LANGUAGE_MOD
 
 # %% ../../nbs/model/presets.ipynb #98d56ee2
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 
@@ -129,11 +130,12 @@ def override(config, **changes):
     if isinstance(language, str):
         language = language_config(language, config.language.vocab_size)
     connector, args = changes.get("connector") or config.connector, dict(config.connector_args)
+    scans = "scan" in signature(choose("connector", connector, CONNECTORS)).parameters
     if connector != config.connector:
-        args = {"scan": args["scan"]} if "scan" in args and connector != "mlp" else {}
+        args = {"scan": args["scan"]} if "scan" in args and scans else {}
     if changes.get("scan") is not None:
-        if connector == "mlp":
-            raise ValueError("scan: got one for the connector 'mlp', which does not scan; need another connector")
+        if not scans:
+            raise ValueError(f"scan: got one for the connector {connector!r}, which does not scan; need another one")
         args["scan"] = changes["scan"]
     args |= changes.get("connector_args") or {}
     return check_connector(VLMambaConfig(dict(vision), connector, args, language))

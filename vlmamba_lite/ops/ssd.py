@@ -139,8 +139,7 @@ def check_ssd_inputs(x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_state
     for name, i in given.items():
         require(isinstance(i, torch.Tensor), name, type(i).__name__, "a tensor")
         require(i.is_floating_point(), name, i.dtype, "a real floating-point dtype")
-    require(x.ndim == 4 and x.shape[1] > 0, "x", tuple(x.shape),
-            "(batch, length, heads, headdim) with a length of at least 1")
+    require(x.ndim == 4 and 0 not in x.shape, "x", tuple(x.shape), "(batch, length, heads, headdim), none of them 0")
     b, L, h, p = x.shape
     groups_fit = B.ndim == 4 and B.shape[:2] == (b, L) and B.shape[2] > 0 and h % B.shape[2] == 0
     require(groups_fit, "B", tuple(B.shape), f"({b}, {L}, G, N) with G dividing {h}")
