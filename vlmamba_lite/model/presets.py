@@ -15,6 +15,7 @@ import torch
 from ..connectors.msc import MVSS      # adds the connectors of its module to CONNECTORS, too
 from ..connectors.connectors import CONNECTORS
 from ..connectors.vss import SCANS, VSS, choose
+from ..files import naming
 from ..language.model import MambaConfig, check_arguments
 from ..layers.mamba import Mamba
 from ..vision.images import IMAGENET_COLOURS
@@ -109,12 +110,8 @@ PAPER_PRESETS = {                                             # VL-Mamba, sectio
 def check_connector(config):
     "Raises one ValueError unless the connector of a configuration takes its arguments. Returns the configuration."
     choose("scan", config.connector_args.get("scan", "bsm"), SCANS)
-    try:
-        with torch.device("meta"):
-            CONNECTORS[config.connector](64, 64, **config.connector_args)
-    except TypeError as error:
-        reason = str(error).split("__init__() ")[-1]
-        raise ValueError(f"connector_args: {config.connector} {reason}") from error
+    with naming("connector_args"), torch.device("meta"):                 # torch's own words for sizes that are none
+        CONNECTORS[config.connector](64, 64, **config.connector_args)
     return config
 
 
