@@ -22,8 +22,8 @@ from torch import nn
 from ..data.conversations import SampleError
 from ..data.easy_vqa import VQASet
 from ..files import write_atomically
-from .checkpoints import (drop_checkpoints, latest_checkpoint, read_state, readable, restore_optimizers, restore_weights,
-                                               save_checkpoint, verify_checkpoint)
+from .checkpoints import (drop_checkpoints, latest_checkpoint, read_state, readable, restore_optimizers,
+                                               restore_weights, save_checkpoint, verify_checkpoint)
 from .distributed import Processes, main_process, whole_model
 from .optimizers import EMA, build_optimizers, parameter_kinds
 from .recipes import check_moved, digests, freeze
