@@ -8,6 +8,7 @@ __all__ = ['MODEL_PRESETS', 'SIGLIP', 'DINOV2', 'VISION_ENCODERS', 'LANGUAGE_MOD
            'override', 'preset_config', 'published_sources', 'check_weights']
 
 # %% ../../nbs/model/presets.ipynb #98d56ee2
+import re
 from dataclasses import dataclass
 
 import torch
@@ -110,8 +111,11 @@ PAPER_PRESETS = {                                             # VL-Mamba, sectio
 def check_connector(config):
     "Raises one ValueError unless the connector of a configuration takes its arguments. Returns the configuration."
     choose("scan", config.connector_args.get("scan", "bsm"), SCANS)
-    with naming("connector_args"), torch.device("meta"):                 # torch's own words for sizes that are none
-        CONNECTORS[config.connector](64, 64, **config.connector_args)
+    try:
+        with naming("connector_args"), torch.device("meta"):             # torch's own words for sizes that are none
+            CONNECTORS[config.connector](64, 64, **config.connector_args)
+    except ValueError as error:
+        raise ValueError(re.sub(r"\S+__init__\(\)", config.connector, str(error))) from error
     return config
 
 
