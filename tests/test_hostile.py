@@ -102,7 +102,7 @@ def rows():
             "validation=d.json": "validation: got 'd.json', need a list", "pictures=5": "pictures: got 5", "pictures=nosuch": "pictures: no folder nosuch",
             "tokenizer=5": "tokenizer: got 5", "device=tpu": "device: got 'tpu'", "parallel=none": "parallel: got 'none'", "model.vision=5": "model.vision: got 5",
             "model.vision={kind: nope}": "kind: got 'nope'", "model.vision={dim: -1}": "model.vision: got", "model.vision={dim: 99999999999}": "model.vision: got",
-            "model.vision={colour: 3}": "model: got", "model.connector_args.d_state=-1": "connector_args: got",
+            "model.vision={colour: 3}": "vision: got 'colour'", "model.connector_args.d_state=-1": "connector_args: got",
             "model.connector_args.d_state=9999999999": "connector_args: got", "model.connector_args.nope=1": "connector_args: ", "model.connector=glue": "connector: got 'glue'",
             "model.connector_args=[1]": "connector_args: got", "model.language.d_model=1000000000": "model.language: got", "model.language=gpt": "language: got 'gpt'",
             "model.scan=x": "scan: got 'x'", "model=5": "model: got 5, need settings", "model.visoin=x": "nearest known one is 'model.vision'",

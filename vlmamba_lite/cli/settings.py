@@ -129,7 +129,12 @@ def checked(form, values, before=""):
 
 # %% ../../nbs/cli/settings.ipynb #36c4120c
 class _Loader(yaml.SafeLoader):
-    "YAML in which a name stands once: the second of two would win in silence."
+    "YAML in which a name stands once, the second of two would win in silence, and no value holds itself."
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):               # a few of them nested are a billion values
+            raise yaml.YAMLError("got an alias, need the value itself")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

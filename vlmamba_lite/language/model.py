@@ -41,7 +41,7 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 def check_arguments(where, given, *makers):
     """Raises a ValueError unless classes or functions take the `given` arguments by name, and each is of the kind that
-    its annotation or its default value has. Numbers must be finite, from 0 to LARGEST."""
+    its annotation or its default value has. Numbers must be finite, from 0 to LARGEST, sizes from 1, layers to 1024."""
     known = {p.name: p for make in makers for p in signature(make).parameters.values()}
     for name, value in given.items():
         if name not in known:
@@ -53,9 +53,10 @@ def check_arguments(where, given, *makers):
         fits = isinstance(value, {float: int | float, str: str | int, tuple: tuple | list}.get(kind, kind))
         number = isinstance(value, int | float) and not isinstance(value, bool)
         fits &= not isinstance(value, bool) or kind not in (int, float, str)
-        if not fits or (number and not 0 <= value <= LARGEST):
+        least, most = int(kind is int), 1024 if name in ("n_layer", "depth", "blocks") else LARGEST
+        if not fits or (number and not least <= value <= most):
             need = " or ".join(KINDS.get(k, k.__name__) for k in get_args(kind) or [kind])
-            limits = f" from 0 to {LARGEST:,}" if "number" in need else ""
+            limits = f" from {least} to {most:,}" if number or "number" in need else ""
             raise ValueError(f"{name}: got {reprlib.repr(value)}, need {need}{limits}")
 
 

@@ -8,6 +8,7 @@ __all__ = ['MODEL_PRESETS', 'SIGLIP', 'DINOV2', 'VISION_ENCODERS', 'LANGUAGE_MOD
            'override', 'preset_config', 'published_sources', 'check_weights']
 
 # %% ../../nbs/model/presets.ipynb #98d56ee2
+import re
 from dataclasses import dataclass
 from inspect import signature
 
@@ -16,6 +17,7 @@ import torch
 from ..connectors.msc import MVSS      # adds the connectors of its module to CONNECTORS, too
 from ..connectors.connectors import CONNECTORS
 from ..connectors.vss import SCANS, VSS, choose
+from ..files import naming
 from ..language.model import MambaConfig, check_arguments
 from ..layers.mamba import Mamba
 from ..vision.images import IMAGENET_COLOURS
@@ -111,11 +113,10 @@ def check_connector(config):
     "Raises one ValueError unless the connector of a configuration takes its arguments. Returns the configuration."
     choose("scan", config.connector_args.get("scan", "bsm"), SCANS)
     try:
-        with torch.device("meta"):
+        with naming("connector_args"), torch.device("meta"):             # torch's own words for sizes that are none
             CONNECTORS[config.connector](64, 64, **config.connector_args)
-    except TypeError as error:
-        reason = str(error).split("__init__() ")[-1]
-        raise ValueError(f"connector_args: {config.connector} {reason}") from error
+    except ValueError as error:
+        raise ValueError(re.sub(r"\S+__init__\(\)", config.connector, str(error))) from error
     return config
 
 

@@ -101,7 +101,7 @@ class VLMamba(nn.Module):
         "A PIL picture as the vision encoder reads it, which may bring its own preparation: (1, 3, height, width)."
         preprocess = getattr(self.vision, "preprocess", None)
         if preprocess is None:
-            pixels = normalize(process_images([image], self.config.vision["image_size"]))
+            pixels = normalize(process_images([image], self.vision.image_size))
         else:
             pixels = preprocess(to_rgb(image) if isinstance(image, Image.Image) else image)
         return pixels.to(self.language.lm_head.weight)                              # its device and dtype

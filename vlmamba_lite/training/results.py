@@ -72,7 +72,7 @@ def read_metrics(path):
         try:
             lines[n] = json.loads(text)
             lines[n]["step"] + 0
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{path}: line {n + 1} holds no numbers of a step; delete that line to go on") from None
     return lines
 

@@ -22,8 +22,8 @@ from torch import nn
 from ..data.conversations import SampleError
 from ..data.easy_vqa import VQASet
 from ..files import write_atomically
-from .checkpoints import (drop_checkpoints, latest_checkpoint, read_state, restore_optimizers, restore_weights,
-                                               save_checkpoint, verify_checkpoint)
+from .checkpoints import (drop_checkpoints, latest_checkpoint, read_state, readable, restore_optimizers,
+                                               restore_weights, save_checkpoint, verify_checkpoint)
 from .distributed import Processes, main_process, whole_model
 from .optimizers import EMA, build_optimizers, parameter_kinds
 from .recipes import check_moved, digests, freeze
@@ -100,6 +100,9 @@ class Run:
         if main_process():
             verify_checkpoint(path)
         state = read_state(path)
+        with readable(path / "state.json"):                    # whatever it lacks, or holds in the place of numbers
+            spent = {kind: float(state["seconds"][kind]) for kind in self.watch.spent}
+            state |= dict(seed=state["seed"], step=int(state["step"]), **{kind: state[kind] for kind in self.identity})
         if state["seed"] != self.seed:
             raise ValueError(f"seed: got {self.seed}, need {state['seed']}, the seed this run began with")
         for kind, now in self.identity.items():
@@ -107,7 +110,7 @@ class Run:
                 where = "stages" if kind == "steps" else kind
                 raise ValueError(f"{where}: got {got} {name}, need {need}, with which this run began")
         restore_weights(path, self.model)
-        self.step, self.watch = state["step"], Stopwatch(state["seconds"])
+        self.step, self.watch = state["step"], Stopwatch(spent)
         return path
 
     def begin(self, stage, checkpoint=None):
