@@ -20,8 +20,9 @@ from vlmamba_lite.language.sampling import GraphedStep, choose_token, kept_proba
 from vlmamba_lite.layers.attention import Attention, AttentionState, rotate
 
 few = settings(deadline=None, max_examples=12, derandomize=True, database=None)
-ARGS = {"mamba": dict(d_state=5), "mamba2": dict(d_state=6, headdim=8, chunk_size=8), "attention": dict(headdim=8)}
+ARGS = {"mamba": dict(d_state=5), "mamba2": dict(d_state=6, headdim=8, chunk_size=8), "mamba3": dict(d_state=6, headdim=8, chunk_size=8), "attention": dict(headdim=8)}
 every = pytest.mark.parametrize("mixer", sorted(MIXERS))
+peers = pytest.mark.parametrize("mixer", ["attention", "mamba", "mamba2"])     # what transformers has
 both = pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
 V = 37
 
@@ -96,7 +97,7 @@ def peer(mixer, tied=True):
     return theirs, ours
 
 
-@every
+@peers
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_are_those_of_transformers(mixer, tied):
     theirs, ours = peer(mixer, tied)
@@ -108,7 +109,7 @@ def test_logits_are_those_of_transformers(mixer, tied):
         assert rms_error(got, want) < 1e-5, length
 
 
-@every
+@peers
 def test_loss_is_that_of_transformers(mixer):
     theirs, ours = peer(mixer)
     ids = tokens(3, 12)
@@ -119,7 +120,7 @@ def test_loss_is_that_of_transformers(mixer):
     torch.testing.assert_close(ours(ids, labels=labels).loss, want, rtol=1e-5, atol=0)
 
 
-@every
+@peers
 def test_greedy_generation_is_that_of_transformers(mixer):
     theirs, ours = peer(mixer)
     ids = tokens(4, 7)
@@ -173,7 +174,8 @@ def test_the_state_is_not_changed_in_place(mixer):
 
 @every
 def test_gradcheck_through_the_state(mixer):
-    args = {"mamba": dict(d_state=2), "mamba2": dict(d_state=2, headdim=4, chunk_size=2), "attention": dict(headdim=4)}[mixer]
+    args = {"mamba": dict(d_state=2), "mamba2": dict(d_state=2, headdim=4, chunk_size=2), "mamba3": dict(d_state=4, headdim=4, chunk_size=2),
+            "attention": dict(headdim=4)}[mixer]
     lm = make(mixer, d_model=4, n_layer=2, vocab_size=5, mixer_args=args)
     a, b = (torch.randn(1, n, 4, dtype=torch.float64, requires_grad=True) for n in (3, 2))
 
@@ -443,7 +445,8 @@ def test_a_row_teaches_what_it_would_teach_alone(mixer, side, at_pads):
     want = (2 * lm(rows[0][None], labels=rows[0][None]).loss + 6 * lm(rows[1][None], labels=rows[1][None]).loss) / 8
     torch.testing.assert_close(got, want, rtol=1e-11, atol=0)
     grad, = torch.autograd.grad(got, x)
-    assert not grad[~mask].any() and grad[:2][mask[:2]].any(-1).sum() == 8    # all real tokens but each row's last
+    learnt = grad.abs().amax(-1) > 1e-14 * grad.abs().max()    # Mamba-3 takes off again what a step got from the next one, up to rounding
+    assert not grad[~mask].any() and learnt[:2][mask[:2]].sum() == 8          # all real tokens but each row's last
 
 
 def test_last_token():
