@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 from execnb.nbio import read_nb
 from execnb.shell import CaptureShell
 from fastcore.xtras import working_directory
@@ -46,6 +47,7 @@ def run_notebook(path, quick=True):
         return (cell.cell_type != "code" or "nbdev_export(" in cell.source
                 or here.get("eval:", [""])[0].lower() == "false" or skip & here.keys())
 
+    plt.close("all")                                    # a figure that somebody left open would stand among the outputs
     if without_compiler() is None:
         fused_library()                                 # built before, so that no output says that it is
     for cell in nb.cells:

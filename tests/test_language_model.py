@@ -263,7 +263,7 @@ def test_files_that_hold_no_state(tmp_path):
         with pytest.raises(ValueError, match="state.safetensors"):
             load_state(path)
     safetensors.torch.save_file({"a": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match=r"state.safetensors: got state None, need one of \['AttentionState', 'Mamba2State', 'MambaState'\]"):
+    with pytest.raises(ValueError, match=r"state.safetensors: got state None, need one of \['AttentionState', 'Mamba2State', 'Mamba3State', 'MambaState'\]"):
         load_state(path)
 
 

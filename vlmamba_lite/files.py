@@ -262,7 +262,7 @@ def load_weights(model, tensors, device=None, dtype=None, rename=None, source="w
     filled, unequal = {}, []
     for stored, target, read in pairs:
         tensor, first = read(), filled.get(id(target))
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and tensor.numel() and not all(i.isfinite() for i in tensor.aminmax()):
             raise ValueError(f"{source}: got NaN or infinite numbers in {stored}, need finite ones")
         if target.is_meta:                                               # a copy: no longer a window into the file
             tensor = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=first is None)

@@ -83,7 +83,7 @@ class Run:
         self.recent = deque([(time.perf_counter(), 0)], maxlen=11)       # when the last steps ended, their tokens
 
     @cached_property
-    def identity(self):
+    def _identity(self):
         "What must be as it was where a run goes on: {steps, stages, data, model}, each {name: value}."
         free = ("name", "source", "steps", "micro_batch", "recompute", "evaluations", "keep")
         steps, stages, data = {}, {}, {}
@@ -102,10 +102,10 @@ class Run:
         state = read_state(path)
         with readable(path / "state.json"):                    # whatever it lacks, or holds in the place of numbers
             spent = {kind: float(state["seconds"][kind]) for kind in self.watch.spent}
-            state |= dict(seed=state["seed"], step=int(state["step"]), **{kind: state[kind] for kind in self.identity})
+            state |= dict(seed=state["seed"], step=int(state["step"]), **{kind: state[kind] for kind in self._identity})
         if state["seed"] != self.seed:
             raise ValueError(f"seed: got {self.seed}, need {state['seed']}, the seed this run began with")
-        for kind, now in self.identity.items():
+        for kind, now in self._identity.items():
             for name, got, need in differences(now, state[kind]) if how != "changed" or kind == "steps" else ():
                 where = "stages" if kind == "steps" else kind
                 raise ValueError(f"{where}: got {got} {name}, need {need}, with which this run began")
@@ -201,7 +201,7 @@ class Run:
             score = self.validate(stage, model) if validate and self.evaluate is not None and main_process() else None
             if self.folder is not None:
                 state = dict(step=self.began + done, seed=self.seed, seconds=self.watch.spent, stage=stage.name,
-                             stage_step=done, digests=self.before, score=score, **self.identity)
+                             stage_step=done, digests=self.before, score=score, **self._identity)
                 save_checkpoint(self.folder, self.model, self.optimizers, state, model, self.ema and self.ema.mean)
         if self.folder is not None and main_process():
             drop_checkpoints(self.folder, stage.keep)
