@@ -37,7 +37,7 @@ def definitions(name):
     return SimpleNamespace(**space)
 
 
-T = definitions("evaluation/20_ablations")
+T = definitions("evaluation/21_ablations")
 
 
 # ---- statistics ----
@@ -575,7 +575,7 @@ def test_ablation_files(path):
     assert result["test_accuracy"] == result["test"]["all"] and 0 <= result["test_accuracy"] <= 1
 
 
-TABLES = ("index", "evaluation/19_cost", "evaluation/20_ablations")
+TABLES = ("index", "evaluation/20_cost", "evaluation/21_ablations")
 READS = re.compile(r"read_result\(|read_grid\(|Markdown\(|data/results|^def |^[A-Z_]+ = ", re.M)
 
 
@@ -635,8 +635,8 @@ def test_a_number_that_was_typed_in_is_found():
 
 
 def test_the_last_chapter_shows_the_run_on_file():
-    "Chapter 21 shows the recorded run of seed 3; what it prints is what the file of that seed says."
-    cells = nbformat.read(ROOT / "nbs" / "21_train_vlmamba.ipynb", as_version=4).cells
+    "Chapter 22 shows the recorded run of seed 3; what it prints is what the file of that seed says."
+    cells = nbformat.read(ROOT / "nbs" / "22_train_vlmamba.ipynb", as_version=4).cells
     printed = "".join("".join(o.get("text", "")) for c in cells for o in c.get("outputs", []) if o.output_type == "stream")
     result = json.loads((ROOT / "data" / "results" / "train_lite_seed3.json").read_text(encoding="utf-8"))
     for name, share in {**result["accuracy_by_type"], **{f"baseline: {k}": v for k, v in result["floors"].items()}}.items():

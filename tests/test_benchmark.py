@@ -1,4 +1,4 @@
-"""The measures of chapter 19, and that each benchmark compares programs that compute the same."""
+"""The measures of chapter 20, and that each benchmark compares programs that compute the same."""
 import json
 from dataclasses import replace
 

@@ -675,7 +675,7 @@ def test_bench_without_the_peer(monkeypatch):
 
 @pytest.fixture
 def grid(monkeypatch):
-    "Chapter 19 with a grid that trains nothing; what it was asked for is in `.given`."
+    "Chapter 20 with a grid that trains nothing; what it was asked for is in `.given`."
     def run_grid(rows=None, tasks=None, seeds=5, output=None, minutes=None, dry_run=False, threads=1, device="auto", on_row=None):
         fake.given = dict(rows=rows, tasks=tasks, seeds=seeds, output=output, minutes=minutes, dry_run=dry_run, threads=threads, device=device)
         if rows == ["nope"]:

@@ -101,7 +101,7 @@ def pair(folder):
             train_mode(folder / f"{saved}-{resumed}", resumed, resume=True)
     dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)                                                          # as `leave_at_once` of chapter 20
+    os._exit(0)                                                          # as `leave_at_once` of chapter 21
 
 
 # The tests

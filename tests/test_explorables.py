@@ -11,7 +11,7 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the [dev] extra")
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOK = {"memory": "ops/01_reference", "scan_orders": "connectors/10_vss", "cost": "evaluation/19_cost"}
+NOTEBOOK = {"memory": "ops/01_reference", "scan_orders": "connectors/11_vss", "cost": "evaluation/20_cost"}
 THEMES = {"light": "background: #fff; color: #222", "dark": "background: #181a1f; color: #dde"}
 
 

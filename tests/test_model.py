@@ -367,7 +367,7 @@ def test_a_chat_is_one_sequence(mixer, template, dtype, limit):
 
 
 def test_a_chat_repeats_the_rows_it_was_trained_on():
-    "The ids of a conversation are those of chapter 14's training row of the same turns."
+    "The ids of a conversation are those of chapter 15's training row of the same turns."
     for template in ("zephyr", "llava"):
         model, turns = talker(), [("Who is it?", "A cat."), ("Why?", "Because\u2026")]
         chat = model.chat(picture(), template=template)

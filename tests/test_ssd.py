@@ -1,4 +1,4 @@
-"""Chapter 08: the three forms of SSD against each other in float64, against transformers, and against bad input."""
+"""Chapter 09: the three forms of SSD against each other in float64, against transformers, and against bad input."""
 import math
 
 from measures import rms_error
