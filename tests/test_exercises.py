@@ -218,6 +218,9 @@ def test_what_a_function_does_wrong():
         h.zero_()
         return got
     assert "argument 1 was changed in place" in review("one_step", in_place)
+    assert review("count_modulo", lambda bits, m: ANSWERS["count_modulo"](bits.double(), m)) == RIGHT          # more digits than it needs
+    assert "dtype: got torch.float16, need torch.float32" in review("count_modulo", lambda bits, m: ANSWERS["count_modulo"](bits, m).half())
+    assert "need a tensor" in review("count_modulo", lambda bits, m: ANSWERS["count_modulo"](bits, m).bfloat16())
     assert "ZeroDivisionError: " in review("place_of_head", lambda k, h, H, G: 1 // 0)
     assert "NaN at (0,)" in review("bias_for", lambda tau: tau * math.nan)
     assert review("bias_for", lambda tau: None) == NOT_BEGUN

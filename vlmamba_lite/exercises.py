@@ -33,20 +33,19 @@ def _decode(value):
 # %% ../nbs/exercises.ipynb #f51d1e61
 def _numbers(value):
     "A number, list, array or tensor as an array of numbers, None for anything else."
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().numpy()
     if isinstance(value, (list, tuple)) and any(isinstance(i, torch.Tensor) for i in value):
         return None
     try:
-        array = np.asarray(value)
-    except ValueError:                                                   # lists of unequal lengths
+        array = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
+    except (ValueError, TypeError):                      # lists of unequal lengths, bfloat16
         return None
     return array if array.dtype.kind in "biuf" else None
 
 
 def _near(a, b, pencil=False):
     "Which numbers are equal: exactly for whole numbers, up to rounding for others."
-    return a == b if b.dtype.kind in "biu" else np.isclose(a, b, rtol=1e-3 if pencil else 1e-5, atol=1e-7)
+    atol = 1e-5 if b.dtype == np.float32 else 1e-7
+    return a == b if b.dtype.kind in "biu" else np.isclose(a, b, rtol=1e-3 if pencil else 1e-5, atol=atol)
 
 
 def _pattern(got, need):
@@ -103,7 +102,8 @@ def _difference(got, want, pencil=False):
         return f"got {type(got).__name__}, need {f'a {kind} of shape {need.shape}' if need.ndim else 'a number'}"
     if have.shape != need.shape:
         return f"shape: got {have.shape}, need {need.shape}{', the other way round' * (have.T.shape == need.shape)}"
-    if isinstance(want, torch.Tensor) and isinstance(got, torch.Tensor) and got.dtype != want.dtype:
+    coarse = have.dtype.kind != need.dtype.kind or have.dtype.itemsize < need.dtype.itemsize
+    if isinstance(want, torch.Tensor) and isinstance(got, torch.Tensor) and coarse:
         return f"dtype: got {got.dtype}, need {want.dtype}"
     return _values(have, need, pencil)
 
