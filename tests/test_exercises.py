@@ -30,7 +30,8 @@ WRONG = [
     ("one_step", lambda h, u, delta, A, B, C, D: S["one_step"](h, u, delta, -A, B, C, D), "result 1: 4 of 4 values differ"),
     ("one_step", lambda h, u, delta, A, B, C, D: S["one_step"](h, u, delta, A, B, C, D)[::-1], "shape"),
     ("one_step", lambda h, u, delta, A, B, C: h, "TypeError: .* takes 6 positional arguments but 7 were given"),
-    ("one_step", lambda h, u, delta, A, B, C, D: (h @ C + D * u, h.mul_(2)), "result 1"),
+    ("one_step", lambda h, u, delta, A, B, C, D: (h @ C + D * u, S["one_step"](h, u, delta, A, B, C, D)[1]), "result 1"),     # read before written
+    ("one_step", lambda h, u, delta, A, B, C, D: (S["one_step"](h, u, delta, A, B, C, D)[0], S["one_step"](h, u, delta, A, B, C, D)[1].detach()), "gradient"),
     ("a_tenth_left", math.log(2) / 0.1, "too small"),                                                                   # the half-life
     ("a_tenth_left", -math.log(10) / 0.1, "sign"),
     ("inverse_step", lambda a, x: (1 / a, -x), "result 2"),
@@ -69,6 +70,7 @@ WRONG = [
     ("penalised", lambda logits, ids, r: torch.where(F.one_hot(ids, len(logits)).sum(0) > 0, logits / r, logits), "differ"),
     ("penalised", lambda logits, ids, r: logits.where(F.one_hot(ids, len(logits)).sum(0) == 0,
                                                       torch.where(logits > 0, logits / r ** F.one_hot(ids, len(logits)).sum(0), logits * r)), "differ"),
+    ("penalised", lambda logits, ids, r: logits.copy_(S["penalised"](logits, ids, r)), "argument 1 was changed in place"),
     ("to_patches", lambda image, size: S["to_patches"](image.mT, size), "differ"),                                      # columns first
     ("to_patches", lambda image, size: S["to_patches"](image, size).unflatten(1, (3, -1)).mT.flatten(1), "differ"),     # channels last
     ("pixels_seen", lambda i: (8 * i - 15, 8 * i + 15), "result 1: got -15, too small"),                                                      # beyond the edge
@@ -193,6 +195,7 @@ def test_mistake_is_named_and_the_right_value_is_not(name, answer, pattern):
     got = re.findall(r"got (-?[\d.]+(?:e[-+]\d+)?)", told)
     numbers = {f"{float(x):.4g}" for x in re.findall(r"-?\d+\.?\d*(?:e[-+]\d+)?", told)} - {f"{float(x):.4g}" for x in got}
     assert not numbers & right, (text, numbers & right)
+    assert "cases" in TASKS[name] or "difference" not in text                # got and the difference would be the answer
 
 
 def test_every_exercise_refuses_a_mistake():
@@ -210,14 +213,7 @@ def test_not_begun_and_not_an_answer():
 
 
 def test_what_a_function_does_wrong():
-    "It raises, changes its input, returns NaN, or nothing."
-    step = ANSWERS["one_step"]
-
-    def in_place(h, u, delta, A, B, C, D):
-        got = step(h, u, delta, A, B, C, D)
-        h.zero_()
-        return got
-    assert "argument 1 was changed in place" in review("one_step", in_place)
+    "It raises, returns NaN, another dtype, or nothing."
     assert review("count_modulo", lambda bits, m: ANSWERS["count_modulo"](bits.double(), m)) == RIGHT          # more digits than it needs
     assert "dtype: got torch.float16, need torch.float32" in review("count_modulo", lambda bits, m: ANSWERS["count_modulo"](bits, m).half())
     assert "need a tensor" in review("count_modulo", lambda bits, m: ANSWERS["count_modulo"](bits, m).bfloat16())

@@ -53,6 +53,8 @@ def _pattern(got, need):
     def same(a, b):
         return a.size and a.shape == b.shape and _near(a, b).all()
     a, b = got.astype(float), need.astype(float)
+    if a.size and not a.any():
+        return "; all are zero" * bool(b.ndim)
     if same(a, -b):
         return "; the sign is turned round"
     if b.ndim == 0:
@@ -79,9 +81,10 @@ def _values(have, need, pencil):
     text = f"{len(wrong)} of {need.size} values differ, the first at {at}: " if need.ndim else ""
     if need.dtype.kind == "b":
         return f"{text}got {have[at]}{_pattern(have, need)}"
-    text += f"got {have[at].item():.6g}, too {'large' if have[at] > need[at] else 'small'}"
+    text += f"got {have[at] if have.dtype.kind in 'iu' else f'{have[at]:.6g}'}"
+    text += f", too {'large' if have[at] > need[at] else 'small'}"
     if not pencil:
-        text += f"; the largest difference is {abs(have.astype(float) - need).max():.1g}"
+        text += f"; the largest difference is {float(f'{abs(have.astype(float) - need).max():.1g}'):g}"
     return text + _pattern(have, need)
 
 
@@ -99,7 +102,8 @@ def _difference(got, want, pencil=False):
         return "" if type(got) is type(want) and got == want else f"got {got!r}, need another text"
     if have is None or isinstance(want, torch.Tensor) != isinstance(got, torch.Tensor) and need.ndim:
         kind = "tensor" if isinstance(want, torch.Tensor) else "list or array"
-        return f"got {type(got).__name__}, need {f'a {kind} of shape {need.shape}' if need.ndim else 'a number'}"
+        have = "a list of something else" if isinstance(got, list) else type(got).__name__
+        return f"got {have}, need {f'a {kind} of shape {need.shape}' if need.ndim else 'a number'}"
     if have.shape != need.shape:
         return f"shape: got {have.shape}, need {need.shape}{', the other way round' * (have.T.shape == need.shape)}"
     coarse = have.dtype.kind != need.dtype.kind or have.dtype.itemsize < need.dtype.itemsize
@@ -118,6 +122,13 @@ def _gradients(got, inputs):
     loss = sum((x.flatten() * torch.linspace(1, 2, x.numel(), dtype=x.dtype)).sum() for x in results)
     leaves = list(_leaves(inputs).values())
     return list(torch.autograd.grad(loss, leaves, materialize_grads=True)) if loss.requires_grad else None
+
+
+def _told(value):
+    "An input as a message shows it: tensors by their shape."
+    if isinstance(value, list) and any(isinstance(i, dict) for i in value):
+        return f"[{', '.join(map(_told, value))}]"
+    return f"a tensor {tuple(value['shape'])}" if isinstance(value, dict) and "shape" in value else str(value)
 
 
 def _try(function, case):
@@ -160,8 +171,7 @@ def review(name, answer):
         return _difference(answer, _decode(task["result"]), pencil=True) or RIGHT
     for i, case in enumerate(task["cases"]):
         if found := _try(answer, case):
-            shapes = [f"shape {x['shape']}" if isinstance(x, dict) and "shape" in x else x for x in case["inputs"]]
-            told = f" (case {i + 1} of {len(task['cases'])}; inputs: {str(shapes)[1:-1]:.150})"
+            told = f" (case {i + 1} of {len(task['cases'])}; inputs: {', '.join(map(_told, case['inputs'])):.150})"
             return found + told * (found != NOT_BEGUN)
     return RIGHT
 
