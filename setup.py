@@ -32,7 +32,7 @@ setup(
     keywords=cfg["keywords"],
     packages=find_packages(include=[LIB, f"{LIB}.*"]) + list(DATA),
     package_dir=DATA,
-    package_data={**{package: ["*.parquet", "README.md"] for package in DATA}, f"{LIB}.ops": ["*.cpp"]},
+    package_data={**{package: ["*.parquet", "README.md"] for package in DATA}, LIB: ["*.json"], f"{LIB}.ops": ["*.cpp"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=words("requirements"),
     extras_require={extra: words(f"{extra}_requirements") for extra in ("dev", "demo", "llama", "lmms", "cuda")},

@@ -11,8 +11,8 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIBRARY, PACKAGE = ROOT / "nbs", ROOT / "vlmamba_lite", "vlmamba_lite"
-# Imports run downhill: a room imports from itself and from those before it. one_page and files are single modules.
-ROOMS = ("one_page", "files", "ops", "layers", "language", "vision", "connectors", "data", "model", "training", "evaluation", "cli")
+# Imports run downhill: a room imports from itself and from those before it. exercises, one_page and files are single modules.
+ROOMS = ("exercises", "one_page", "files", "ops", "layers", "language", "vision", "connectors", "data", "model", "training", "evaluation", "cli")
 
 
 # Pages

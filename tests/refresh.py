@@ -131,7 +131,8 @@ def sidebar():
         "# Written by tests/refresh.py from the files below nbs.", "website:", "  sidebar:", "    contents:", "      - index.ipynb",
         "      - section: Course", "        contents:", *grouped(house.chapters()),
         "      - section: Workshop", "        contents:", *grouped(workshop),
-        "      - section: Reference", "        contents:", "          - glossary.ipynb", "          - api.ipynb"]) + "\n"
+        "      - section: Reference", "        contents:", "          - glossary.ipynb", "          - solutions.ipynb",
+        "          - api.ipynb"]) + "\n"
 
 
 def write_if_new(path, text):
