@@ -122,8 +122,8 @@ def rows():
     for options, words in {
             "--seed -1": "--seed", "--seed 1180591620717411303424": "--seed", "--steps 0": "--steps", "--steps x": "--steps", "--workers -3": "--workers",
             "--preset huge": "preset: got 'huge'", "--data nosuch.json": "data: no file", "--data torn.json": "torn.json", "--data number.json": "number.json",
-            "--data empty.png": "empty.png", "--data d.json --data a=d.json": "all with a name", "--output file": "output: file is not a folder",
-            "--output file/x": "output: file/x cannot be written", "--output /proc/x": "output: /proc/x cannot be written", "--output /dev/null": "output: /dev/null is not",
+            "--data empty.png": "empty.png", "--data d.json --data a=d.json": "all with a name", "--output file": "output: got the file file, need a folder",
+            "--output file/x": "output: got file/x, need a place to write to", "--output /proc/x": "output: got /proc/x, need a place to write to", "--output /dev/null": "output: got the file /dev/null, need a folder",
             "--tracker nope": "trackers: got 'nope'", "--tokenizer nosuch": "tokenizer: ", "--tokenizer file": "file", "--resume": "resume: no checkpoint",
             "--device cuda:99": "device: got", "--validation nosuch": "nosuch", "--pictures nosuch": "pictures: no folder", "--weights published": "weights: got 'published'",
             "--stage nose": "unknown stage 'nose'", "--nope": "No such option", "extra": "unexpected extra argument", "--processes 0": "--processes",
@@ -151,14 +151,14 @@ def rows():
         (2, "chat m --tokens 0", "--tokens"), (2, "chat m --seed 99999999999999999999", "--seed"), (0, "chat m --state kept.state", ""),
         (2, "demo nosuch", "no folder nosuch"), (2, "demo m --port 0", "--port"), (2, "demo m --port 99999", "--port"), (2, "demo m --host 999.1.1.1", "host: got '999.1.1.1'"),
         (2, "eval m --benchmark nope", "nope"), (2, "eval m --benchmark pope", "pope"), (2, "eval m --benchmark pope --data nosuch", "nosuch"),
-        (2, "eval m --benchmark easy_vqa --limit 0", "--limit"), (2, "eval m --benchmark easy_vqa --output file --limit 1", "output: file is not a folder"),
-        (2, "eval m --benchmark easy_vqa --output /proc/x --limit 1", "output: /proc/x cannot"), (2, "eval m --benchmark easy_vqa --device x", "device: got 'x'"),
-        (2, "ablate --output file --dry-run", "output: file is not a folder"), (2, "ablate --row nope --dry-run", "got 'nope'"), (2, "ablate --seeds 0", "--seeds"),
+        (2, "eval m --benchmark easy_vqa --limit 0", "--limit"), (2, "eval m --benchmark easy_vqa --output file --limit 1", "output: got the file file, need a folder"),
+        (2, "eval m --benchmark easy_vqa --output /proc/x --limit 1", "output: got /proc/x, need a place to write to"), (2, "eval m --benchmark easy_vqa --device x", "device: got 'x'"),
+        (2, "ablate --output file --dry-run", "output: got the file file, need a folder"), (2, "ablate --row nope --dry-run", "got 'nope'"), (2, "ablate --seeds 0", "--seeds"),
         (0, "data check d.json", ""), (1, "data check gone.json", "gone.png"), (2, "data check d.json --root nosuch", "root: no folder nosuch"),
         (2, "data check nosuch.json", "no file"), (2, "data check torn.json", "torn.json"), (2, "data check number.json", "number.json"), (1, "data check turns.json", ""),
         (2, "data check d.json --template nope", "template: got 'nope'"), (2, "data check d.json --tokenizer file", "file"), (2, "data check d.json --limit 0", "--limit"),
-        (2, "data", "Usage"), (2, "nope", "No such command"), (2, "bench nope", "No such command"), (2, "bench scaling --output m", "output: m is a folder"),
-        (2, "bench prefix --output file/x", "output: file/x cannot"), (2, "bench gpu --device cpu --output file", "output: file is not a folder"), (2, "", "Usage"), (0, "--version", r"\d\.\d")]
+        (2, "data", "Usage"), (2, "nope", "No such command"), (2, "bench nope", "No such command"), (2, "bench scaling --output m", "output: got the folder m, need a file"),
+        (2, "bench prefix --output file/x", "output: got file/x, need a place to write to"), (2, "bench gpu --device cpu --output file", "output: got the file file, need a folder"), (2, "", "Usage"), (0, "--version", r"\d\.\d")]
 
 
 ROWS = list(rows())

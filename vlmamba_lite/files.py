@@ -52,11 +52,12 @@ def check_output(path, folder=False, name="output"):
     path = Path(path)
     try:
         if path.exists() and path.is_dir() != folder:
-            raise ValueError(f"{name}: {path} is {'not ' if folder else ''}a folder")
+            got, need = ("file", "folder") if folder else ("folder", "file")
+            raise ValueError(f"{name}: got the {got} {path}, need a {need}")
         places = (path, *path.parents) if folder else path.parents
         TemporaryFile(dir=next(place for place in places if place.exists())).close()
     except OSError as error:
-        raise ValueError(f"{name}: {path} cannot be written: {error.strerror}") from error
+        raise ValueError(f"{name}: got {path}, need a place to write to ({error.strerror})") from error
 
 # %% ../nbs/files.ipynb #3fe3dc94
 @contextmanager

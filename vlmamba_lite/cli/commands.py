@@ -185,6 +185,7 @@ def start_training(given):
         from vlmamba_lite.cli.settings import parse_change, read_settings, resolve_settings, run_folder
         from vlmamba_lite.training.checkpoints import has_checkpoint
         from vlmamba_lite.training.distributed import main_process
+        from vlmamba_lite.training.results import OtherRun
         layers = [read_settings(of)] if of is not None else []
         layers += [option_settings(given), *map(parse_change, given["changes"] or [])]
         settings, stages = resolve_settings(*layers)
@@ -195,7 +196,10 @@ def start_training(given):
         plan = runs.make_plan(settings, stages)
     result, kept = None, f". The checkpoints in {folder} are whole: --resume goes on with the last one"
     with suppress(KeyboardInterrupt), clean_errors(everywhere=True, kept=kept):       # one alone may read broken data
-        result = runs.run_plan(plan, folder, resume, console)
+        try:
+            result = runs.run_plan(plan, folder, resume, console)
+        except OtherRun as error:
+            raise ValueError(f"{error}{'' if error.fixed else '; --resume-changed accepts it'}") from None
     if result is not None:
         return print_result(folder, result)
     if not main_process():
@@ -317,8 +321,6 @@ def ablate_command(
         console.print(f"{result['task']}, {result['row']}, seed {result['seed']}{score}", soft_wrap=True, markup=False)
     with clean_errors(stopped="stopped; finished runs are kept. The same command goes on with the rest"):
         from vlmamba_lite.evaluation.grid import cost_table, run_grid
-        from vlmamba_lite.files import check_output
-        check_output(output, folder=True)
         results = run_grid(row or None, task or None, seeds, output, minutes, dry_run, threads, device, print_row)
         text = cost_table(results) if dry_run else f"{len(results)} results are in {output}"
     console.print(text, soft_wrap=True, markup=False)

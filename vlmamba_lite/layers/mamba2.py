@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mamba import (causal_conv1d, check_block_inputs, init_dt_bias, next_window,
+from .mamba import (causal_conv1d, check_block_inputs, init_dt_bias, inner_width, next_window,
                                        no_weight_decay, pack_tokens, unpack_tokens)
 from ..ops.reference import check_sizes, require, scan_dtype
 from ..ops.ssd import ssd
@@ -45,9 +45,10 @@ class Mamba2State(NamedTuple):
 
 def split_sizes(d_inner, headdim, ngroups):
     "The number of heads. Raises `ValueError` unless heads divide the channels, and groups the heads."
-    require(1 <= headdim <= d_inner and d_inner % headdim == 0, "headdim", headdim, f"a divisor of d_inner = {d_inner}")
+    check_sizes(headdim=headdim, ngroups=ngroups)
+    require(d_inner % headdim == 0, "headdim", headdim, f"a divisor of d_inner = {d_inner}")
     nheads = d_inner // headdim
-    require(ngroups >= 1 and nheads % ngroups == 0, "ngroups", ngroups, f"a divisor of nheads = {nheads}")
+    require(nheads % ngroups == 0, "ngroups", ngroups, f"a divisor of nheads = {nheads}")
     return nheads
 
 
@@ -66,7 +67,7 @@ class Mamba2(nn.Module):
         self.d_model, self.d_state, self.d_conv, self.headdim, self.ngroups = d_model, d_state, d_conv, headdim, ngroups
         self.dt_limit, self.chunk_size = tuple(dt_limit), chunk_size
         self.backend, self.conv_backend = backend, conv_backend
-        self.d_inner = int(expand * d_model)
+        self.d_inner = inner_width(expand, d_model)
         self.nheads = split_sizes(self.d_inner, headdim, ngroups)
         self.conv_dim = self.d_inner + 2 * ngroups * d_state
         self.state_shapes = (self.conv_dim, d_conv), (self.nheads, headdim, d_state)

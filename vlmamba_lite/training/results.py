@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'RUN_CONFIG', 'StopRequest', 'MetricsLog', 'read_metrics', 'Trackers', 'StepReport', 'Stopwatch',
-           'differences', 'writing', 'write_run_config', 'plot_curves', 'provenance', 'write_result',
+           'differences', 'writing', 'OtherRun', 'check_run_config', 'plot_curves', 'provenance', 'write_result',
            'prefix_reuse_cost']
 
 # %% ../../nbs/training/results.ipynb #1ab67574
@@ -171,20 +171,25 @@ def writing(folder):
     except (OSError, SafetensorError) as error:                          # safetensors has its own kind of error
         if getattr(error, "errno", errno.ENOSPC) != errno.ENOSPC:
             raise
-        raise OSError(f"folder: {folder} could not be written ({error}); the checkpoints in it are whole") from error
+        raise OSError(f"folder: {folder} could not be written ({error}); what is in it is whole") from error
     finally:
         with suppress(OSError):
             path.unlink()
         lock.release()
 
 
-def write_run_config(folder, resume=False, **settings):
-    "Writes a run's resolved configuration; `resume=True` checks that it is the same. `ValueError` naming a difference."
-    path, settings = Path(folder) / RUN_CONFIG, json.loads(json.dumps(settings))        # lists for tuples, as on disk
-    with writing(folder):
-        for name, got, need in differences(settings, read_json(path)) if resume is True else ():
-            raise ValueError(f"{name}: got {got}, need {need}, with which this run began")
-        write_json(path, settings)
+class OtherRun(ValueError):
+    "A run would go on with something else than it began with. fixed: nor can it, were that what is meant."
+    def __init__(self, name, got, need, fixed=False):
+        super().__init__(f"{name}: got {got}, need {need}, with which this run began")
+        self.fixed = fixed
+
+
+def check_run_config(folder, settings):
+    "Raises `OtherRun`, naming the first difference, unless settings are those in a run's folder."
+    now = json.loads(json.dumps(settings))                               # lists for tuples, as on disk
+    for name, got, need in differences(now, read_json(Path(folder) / RUN_CONFIG)):
+        raise OtherRun(name, got, need, name.rpartition(".")[2] in ("seed", "steps", "epochs"))
 
 # %% ../../nbs/training/results.ipynb #924913d0
 def plot_curves(metrics, path=None):
