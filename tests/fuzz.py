@@ -33,7 +33,7 @@ from vlmamba_lite.model.vlmamba import VLMamba
 from vlmamba_lite.training.checkpoints import MANIFEST, file_sha256
 from vlmamba_lite.training.loop import train
 from vlmamba_lite.training.recipes import Stage
-from vlmamba_lite.training.results import MetricsLog, read_metrics
+from vlmamba_lite.training.results import MetricsLog, plot_curves, read_metrics
 
 SECONDS, BYTES = 10, 6 * 2 ** 30                 # of CPU for one change, and of memory above what there was: more is a find
 VALUES = ("null", "true", "[]", "{}", '""', '"x"', "-1", "0", "1", "2", "3.5", "1e999", "-1e999", "NaN", "1000", "1000000000", "4194304",
@@ -139,7 +139,7 @@ def open_language(folder):
 
 def open_metrics(folder):
     MetricsLog(folder / "metrics.jsonl", 2).write(step=3)
-    read_metrics(folder / "metrics.jsonl")
+    plot_curves(read_metrics(folder / "metrics.jsonl")).draw_without_rendering()
 
 
 class Run:

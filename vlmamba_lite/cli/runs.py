@@ -184,10 +184,10 @@ def run_plan(plan, folder, resume=False, console=None, quiet=False):
     if not complete or not main_process():
         return None
     lines = read_metrics(folder / "metrics.jsonl")
-    last = {name: value for line in lines for name, value in line.items()}                # the latest of each
+    last = {name: value for line in lines for name, value in line.items()}                # the latest of each, if any
     result = plan.settings.model_dump(include={"preset", "recipe", "stages", "seed", "data"})
-    result |= dict(steps=last["step"], loss=last["loss"], validation=last.get("validation"),
-                   parameters=sum(p.numel() for p in plan.model.parameters()),
+    result |= dict(steps=total_steps(plan.stages, plan.sources), loss=last.get("loss"),
+                   validation=last.get("validation"), parameters=sum(p.numel() for p in plan.model.parameters()),
                    train_cpu_seconds=round(spent["cpu"], 1), train_wall_seconds=round(spent["wall"], 1))
     result |= plan.finish(plan, folder)
     plot_curves(lines, folder / "curves.png")

@@ -65,14 +65,22 @@ class MetricsLog:
             file.write(json.dumps(line) + "\n")
 
 
+def _check_line(line):
+    "Raises some error unless a line has a step, and its loss and scores are numbers that can be drawn."
+    numbers = {"step": line["step"], "loss": line.get("loss", 0.0), **line.get("validation", {})}
+    if type(line["step"]) is not int or not 0 <= line["step"] < 2 ** 63 or str in map(type, numbers.values()):
+        raise ValueError
+    [float(number) for number in numbers.values()]                       # a whole number may be too large for one
+
+
 def read_metrics(path):
     "The lines of a metrics.jsonl as dicts; one that a crash left unfinished is left out. `ValueError` for damage."
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     for n, text in enumerate(lines):
         try:
             lines[n] = json.loads(text)
-            lines[n]["step"] + 0
-        except (ValueError, KeyError, TypeError, RecursionError):
+            _check_line(lines[n])
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ValueError(f"{path}: line {n + 1} holds no numbers of a step; delete that line to go on") from None
     return lines
 
@@ -204,7 +212,7 @@ def plot_curves(metrics, path=None):
     for name in checks[0][1] if checks else ():
         axes, scale, label = (left, 1, f"validation, {name}") if name.startswith("loss") else (right, 100, name)
         shown = [(step, scale * scores[name]) for step, scores in checks if name in scores]
-        axes.plot(*zip(*shown), "o-", ms=3, label=label)
+        axes.plot(*zip(*shown), "o-", ms=3, label=label.replace("$", r"\$"))
         axes.legend(fontsize=7)
     if path is not None:
         write_atomically(path, lambda part: figure.savefig(part, dpi=150, format="png"))
