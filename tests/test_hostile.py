@@ -12,7 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_cli import vlmamba
 
+from vlmamba_lite.connectors.msc import MVSS
 from vlmamba_lite.language.model import save_state
+from vlmamba_lite.layers.mamba import Mamba
+from vlmamba_lite.layers.mamba2 import Mamba2
+from vlmamba_lite.layers.mamba3 import Mamba3
 
 ASK = "what color is the shape?"
 TALK = [{"from": "human", "value": "<image>\nwhat color?"}, {"from": "gpt", "value": "red"}]
@@ -261,3 +265,21 @@ def test_where_nothing_can_be_written_is_found_before(tmp_path):
         with pytest.raises(ValueError, match="^output: "):
             check_output(path, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# layers
+
+@pytest.mark.parametrize("make", [lambda **o: Mamba(16, **o), lambda **o: Mamba2(16, headdim=8, **o), lambda **o: Mamba3(16, headdim=8, d_state=8, **o),
+                                  lambda **o: MVSS(16, headdim=8, **o)])
+@pytest.mark.parametrize("expand", ["2", None, True, 0, -1, float("nan"), float("inf"), 0.01])
+def test_expand_is_a_number_of_channels(make, expand):
+    with pytest.raises(ValueError, match=re.escape(f"expand: got {expand!r}, need a number")):
+        make(expand=expand)
+
+
+@pytest.mark.parametrize("name", ["headdim", "ngroups"])
+def test_heads_and_groups_are_whole_numbers(name):
+    for value in ("4", 4.0, 0, None):
+        for make in (Mamba2, Mamba3):
+            with pytest.raises(ValueError, match=re.escape(f"{name}: got {value!r}, need a whole number")):
+                make(16, **{"headdim": 8, name: value})

@@ -62,7 +62,7 @@ def ask_command(model: ModelFolder, picture: argument(Path, "a picture file, any
                 as_json: option(bool, "print one JSON object", None, "--json") = False, device: Device = "cpu"):
     "Asks a trained model about a picture."
     with clean_errors():
-        from vlmamba_lite.cli.chat import check_question, pick_device
+        from vlmamba_lite.cli.chat import EMPTY, check_question, pick_device
         from vlmamba_lite.data.pictures import open_image
         from vlmamba_lite.model.vlmamba import VLMamba
         check_question(question)
@@ -70,6 +70,8 @@ def ask_command(model: ModelFolder, picture: argument(Path, "a picture file, any
         answer = VLMamba.from_pretrained(model, pick_device(device)).ask(image, question)
     said = {"question": question, "answer": answer, "picture": str(picture), "model": str(model)}
     print(json.dumps(said) if as_json else answer)
+    if not answer.strip():
+        print(EMPTY, file=sys.stderr)
 
 
 @app.command("chat", cls=ListingCommand, rich_help_panel=ASKING,

@@ -68,7 +68,16 @@ class Program(TyperGroup):
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             try:
-                return super().main(*args, **kwargs)
+                raise SystemExit(super().main(*args, **kwargs, standalone_mode=False) or 0)
+            except Exception as error:
+                if not hasattr(error, "format_message"):             # click's own errors, of any version's module
+                    raise
+                if type(error).__name__ == "NoArgsIsHelpError":
+                    error.show()
+                else:
+                    help_at = f"; {error.ctx.command_path} --help lists what there is" if error.ctx else ""
+                    print("vlmamba:", error.format_message().rstrip(".") + help_at, file=sys.stderr)
+                raise SystemExit(2) from None
             finally:
                 sys.stdout.flush()
         except OSError as error:
