@@ -774,7 +774,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(make_model, talks, tmp_path, 
             raise OSError(28, "No space left on device")
         write(log, **line)
     monkeypatch.setattr(results.MetricsLog, "write", no_line)
-    with pytest.raises(OSError, match="^folder: .*run could not be written .*No space left on device.*; what is in it is whole$") as error:
+    with pytest.raises(OSError, match="^folder: .*run could not be written .*No space left on device.*$") as error:
         run(make_model(), talks, tmp_path / "run", stages=(ALIGN,))
     assert "\n" not in str(error.value) and not list((tmp_path / "run" / "checkpoints").glob(".*"))
     full[0] = False

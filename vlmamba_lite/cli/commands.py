@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'TRAINING', 'ASKING', 'MEASURING', 'ModelFolder', 'TemplateName', 'Tokens', 'Temperature', 'TopK', 'TopP',
            'DrawSeed', 'TRAIN_HELP', 'data', 'main', 'ask_command', 'chat_command', 'demo_command', 'named_values',
-           'option_settings', 'resume_line', 'print_result', 'start_training', 'train_command', 'eval_command',
-           'ablate_command', 'check_command']
+           'option_settings', 'resume_line', 'print_result', 'what_is_left', 'start_training', 'train_command',
+           'eval_command', 'ablate_command', 'check_command']
 
 # %% ../../nbs/cli/commands.ipynb #2626e110
 import json
@@ -178,6 +178,14 @@ torchrun --nproc_per_node 8 -m vlmamba_lite.cli train --config run.yaml --parall
 """
 
 
+def what_is_left(folder):
+    "What an error adds that ends a run: whether there is something to go on with."
+    from vlmamba_lite.training.checkpoints import has_checkpoint
+    if has_checkpoint(folder):
+        return f". The checkpoints in {folder} are whole: --resume goes on with the last one"
+    return f". There is no checkpoint in {folder} yet: the same command begins again"
+
+
 def start_training(given):
     "Does what `vlmamba train` does, from its options by their names."
     launched, of = int(os.environ.get("WORLD_SIZE", 1)), given["config"]
@@ -196,8 +204,8 @@ def start_training(given):
             return print(text, end="") if main_process() else None
         folder = run_folder(settings, resume)
         plan = runs.make_plan(settings, stages)
-    result, kept = None, f". The checkpoints in {folder} are whole: --resume goes on with the last one"
-    with suppress(KeyboardInterrupt), clean_errors(everywhere=True, kept=kept):       # one alone may read broken data
+    result = None
+    with suppress(KeyboardInterrupt), clean_errors(everywhere=True, kept=partial(what_is_left, folder)):     # one alone may read broken data
         try:
             result = runs.run_plan(plan, folder, resume, console)
         except OtherRun as error:

@@ -179,7 +179,7 @@ def writing(folder):
     except (OSError, SafetensorError) as error:                          # safetensors has its own kind of error
         if getattr(error, "errno", errno.ENOSPC) != errno.ENOSPC:
             raise
-        raise OSError(f"folder: {folder} could not be written ({error}); what is in it is whole") from error
+        raise OSError(f"folder: {folder} could not be written ({error})") from error
     finally:
         with suppress(OSError):
             path.unlink()
