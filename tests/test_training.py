@@ -510,7 +510,7 @@ def test_a_checkpoint_that_is_pickled_code_does_not_run(make_model, small, tmp_p
 
 def test_a_run_goes_on_only_with_its_configuration(tmp_path):
     settings = dict(preset="tiny", seed=0, training=asdict(SHORT), model={"width": 8})
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match=f"^resume: no {RUN_CONFIG} in .*; --resume-changed goes on without it$"):
         check_run_config(tmp_path, settings)
     write_json(tmp_path / RUN_CONFIG, settings)
     check_run_config(tmp_path, settings)                      # tuples are lists on disk: no difference

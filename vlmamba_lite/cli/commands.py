@@ -205,8 +205,8 @@ def start_training(given):
         folder = run_folder(settings, resume)
         plan = runs.make_plan(settings, stages)
     result = None
-    with suppress(KeyboardInterrupt), clean_errors(everywhere=True, kept=partial(what_is_left, folder)):     # one alone may read broken data
-        try:
+    with suppress(KeyboardInterrupt), clean_errors(everywhere=True, kept=partial(what_is_left, folder)):
+        try:                                                                          # one alone may read broken data
             result = runs.run_plan(plan, folder, resume, console)
         except OtherRun as error:
             raise ValueError(f"{error}{'' if error.fixed else '; --resume-changed accepts it'}") from None

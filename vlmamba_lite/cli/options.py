@@ -69,6 +69,8 @@ class Program(TyperGroup):
         try:
             try:
                 raise SystemExit(super().main(*args, **kwargs, standalone_mode=False) or 0)
+            except SystemExit as stop:                                # a pipe that is closed is 1 for Typer
+                raise SystemExit(141 if isinstance(stop.__context__, BrokenPipeError) else stop.code) from None
             except Exception as error:
                 if not hasattr(error, "format_message"):             # click's own errors, of any version's module
                     raise

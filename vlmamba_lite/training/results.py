@@ -195,6 +195,8 @@ class OtherRun(ValueError):
 
 def check_run_config(folder, settings):
     "Raises `OtherRun`, naming the first difference, unless settings are those in a run's folder."
+    if not (Path(folder) / RUN_CONFIG).is_file():
+        raise ValueError(f"resume: no {RUN_CONFIG} in {folder}, need it; --resume-changed goes on without it")
     now = json.loads(json.dumps(settings))                               # lists for tuples, as on disk
     for name, got, need in differences(now, read_json(Path(folder) / RUN_CONFIG)):
         raise OtherRun(name, got, need, name.rpartition(".")[2] in ("seed", "steps", "epochs"))
