@@ -15,8 +15,9 @@ from PIL import Image
 from test_cli import is_a_mistake, vlmamba
 
 from vlmamba_lite.cli.chat import Session
-from vlmamba_lite.cli.demo import AttentionMap, answers, demo_page, known_words, launch_demo, new_picture, open_demo, paint_map
+from vlmamba_lite.cli.demo import QUESTIONS, AttentionMap, answers, demo_page, known_words, launch_demo, new_picture, open_demo, paint_map
 from vlmamba_lite.connectors.attention_maps import connector_maps
+from vlmamba_lite.model.chat import PromptFormat
 from vlmamba_lite.model.vlmamba import picture_tokens
 
 QUESTION = "what color is the shape?"
@@ -82,6 +83,12 @@ def test_a_refused_picture_leaves_no_conversation_about_the_one_before(model, pi
     assert said[0]["content"].startswith("This picture cannot be used: ") and REFUSED[name] in said[0]["content"] and str(tmp_path) not in said[0]["content"]
     *_, (_, conversation, _) = answers(new_session, QUESTION, said, session)
     assert conversation[-1]["content"].startswith("(I see no picture.) ") and len(conversation) == 3
+
+
+def test_questions_that_are_offered_can_be_answered(model):
+    "What stands in the empty field, the examples below it, and what it was: the model has read all their words."
+    for question in (*QUESTIONS, "what is in the picture?"):
+        assert len(PromptFormat(model.tokenizer).encode(question)) > 3
 
 
 def test_what_a_model_has_read_is_told(small):
