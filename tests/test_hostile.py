@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_cli import vlmamba
+from house import ROOT
 
 from vlmamba_lite.connectors.msc import MVSS
 from vlmamba_lite.language.model import save_state
 from vlmamba_lite.layers.mamba import Mamba
 from vlmamba_lite.layers.mamba2 import Mamba2
 from vlmamba_lite.layers.mamba3 import Mamba3
+from vlmamba_lite.ops.selective_scan import backends, resolve
 
 ASK = "what color is the shape?"
 TALK = [{"from": "human", "value": "<image>\nwhat color?"}, {"from": "gpt", "value": "red"}]
@@ -286,3 +288,15 @@ def test_heads_and_groups_are_whole_numbers(name):
         for make in (Mamba2, Mamba3):
             with pytest.raises(ValueError, match=re.escape(f"{name}: got {value!r}, need a whole number")):
                 make(16, **{"headdim": 8, name: value})
+
+
+# numbers
+
+def test_the_readme_times_the_scan_that_one_gets():
+    "Where there is a compiler: rows that name no backend are of the one that `auto` takes."
+    if backends()["cpp"]:
+        pytest.skip("needs a compiler")
+    taken = resolve("auto", torch.zeros(1, 2, 3), -torch.ones(2, 4))
+    shown = re.findall(r"^\| selective scan, .* \*\*(\d+)x\*\*", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    peers = json.loads((ROOT / "data/results/bench_scan.json").read_text())["peers"]
+    assert shown and shown == [f"{row['ratio']:.0f}" for row in peers if row.get("backend", taken) == taken]
