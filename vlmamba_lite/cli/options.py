@@ -62,13 +62,16 @@ def clean_errors(everywhere=False, stopped=None, kept=str):
 class Program(TyperGroup):
     "The command itself: a full disk or a closed pipe at the end of stdout is no traceback, nor is a byte of no text."
 
-    def main(self, *args, **kwargs):
+    def main(self, *args, standalone_mode=True, **kwargs):
         "As of click. Exits with 141 where nobody reads stdout any longer, with 2 where it cannot be written."
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             try:
-                raise SystemExit(super().main(*args, **kwargs, standalone_mode=False) or 0)
+                code = super().main(*args, **kwargs, standalone_mode=False)
+                if not standalone_mode:
+                    return code
+                raise SystemExit(code or 0)
             except SystemExit as stop:                                # a pipe that is closed is 1 for Typer
                 raise SystemExit(141 if isinstance(stop.__context__, BrokenPipeError) else stop.code) from None
             except Exception as error:
