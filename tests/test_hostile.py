@@ -164,7 +164,7 @@ def rows():
         (2, "ablate --output file --dry-run", "output: got the file file, need a folder"), (2, "ablate --row nope --dry-run", "got 'nope'"), (2, "ablate --seeds 0", "'--seeds': .* greater than"),
         (0, "data check d.json", r"long: 0 of d.json \(id 0\)"), (1, "data check gone.json", r"sample 0 of gone.json \(id 0\): image: no file .*gone.png"), (2, "data check d.json --root nosuch", "root: no folder nosuch"),
         (2, "data check nosuch.json", "data: no file or folder nosuch.json"), (2, "data check torn.json", "torn.json"), (2, "data check number.json", "number.json"), (1, "data check turns.json", "got turns of type int, need a list"),
-        (2, "data check d.json --template nope", "template: got 'nope'"), (2, "data check d.json --tokenizer file", "tokenizer: file cannot be read"), (2, "data check d.json --limit 0", "'--limit': .* greater than"),
+        (2, "data check d.json --template nope", "template: got 'nope'"), (2, "data check d.json --tokenizer file", "file: expected value at line 1"), (2, "data check d.json --limit 0", "'--limit': .* greater than"),
         (2, "data", "Usage: vlmamba data"), (2, "nope", "No such command 'nope'; vlmamba --help"), (2, "bench nope", "No such command 'nope'; vlmamba bench --help"), (2, "bench scaling --output m", "output: got the folder m, need a file"),
         (2, "bench prefix --output file/x", "output: got file/x, need a place to write to"), (2, "bench gpu --device cpu --output file", "output: got the file file, need a folder"), (2, "", "Usage: vlmamba"), (0, "--version", r"\d\.\d")]
 

@@ -199,7 +199,8 @@ def check_run_config(folder, settings):
         raise ValueError(f"resume: no {RUN_CONFIG} in {folder}, need it; --resume-changed goes on without it")
     now = json.loads(json.dumps(settings))                               # lists for tuples, as on disk
     for name, got, need in differences(now, read_json(Path(folder) / RUN_CONFIG)):
-        raise OtherRun(name, got, need, name.rpartition(".")[2] in ("seed", "steps", "epochs"))
+        shown = name if re.fullmatch(r"[\w.]+", name) else f"{RUN_CONFIG}, {name!r}"
+        raise OtherRun(shown, got, need, name.rpartition(".")[2] in ("seed", "steps", "epochs"))
 
 # %% ../../nbs/training/results.ipynb #924913d0
 def plot_curves(metrics, path=None):
