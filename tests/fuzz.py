@@ -33,7 +33,7 @@ from vlmamba_lite.model.vlmamba import VLMamba
 from vlmamba_lite.training.checkpoints import MANIFEST, file_sha256
 from vlmamba_lite.training.loop import train
 from vlmamba_lite.training.recipes import Stage
-from vlmamba_lite.training.results import MetricsLog, read_metrics, write_run_config
+from vlmamba_lite.training.results import MetricsLog, plot_curves, read_metrics
 
 SECONDS, BYTES = 10, 6 * 2 ** 30                 # of CPU for one change, and of memory above what there was: more is a find
 VALUES = ("null", "true", "[]", "{}", '""', '"x"', "-1", "0", "1", "2", "3.5", "1e999", "-1e999", "NaN", "1000", "1000000000", "4194304",
@@ -139,7 +139,7 @@ def open_language(folder):
 
 def open_metrics(folder):
     MetricsLog(folder / "metrics.jsonl", 2).write(step=3)
-    read_metrics(folder / "metrics.jsonl")
+    plot_curves(read_metrics(folder / "metrics.jsonl")).draw_without_rendering()
 
 
 class Run:
@@ -147,8 +147,8 @@ class Run:
     def __init__(self, folder, model, data):
         self.model, self.stage = model, Stage(steps=3, batch_size=2, evaluations=3, keep=3)
         self.sources = {"train": VQABatches(data, 3, 2)}
-        train(model, [self.stage], self.sources, folder, evaluate=lambda _: {"all": 0.5}, log_every=1, workers=0)
-        write_run_config(folder, False, preset="tiny", training={"steps": 3})
+        self.options = dict(evaluate=lambda _: {"all": 0.5}, log_every=1, workers=0, settings={"preset": "tiny", "training": {"steps": 3}})
+        train(model, [self.stage], self.sources, folder, **self.options)
 
     def resume(self, folder):
         for path in (folder / "checkpoints").glob("*"):                  # the change is no damage: the list of files knows it
@@ -159,8 +159,7 @@ class Run:
         self.go_on(folder)
 
     def go_on(self, folder):
-        write_run_config(folder, True, preset="tiny", training={"steps": 3})
-        train(self.model, [self.stage], self.sources, folder, evaluate=lambda _: {"all": 0.5}, resume=True, log_every=1, workers=0)
+        train(self.model, [self.stage], self.sources, folder, resume=True, **self.options)
 
 
 def write_cases(folder):

@@ -168,7 +168,7 @@ def test_a_run_goes_on_only_as_it_began(run, tmp_path, few):
     before = contents(run.folder)
     again = ["train", "--resume", "--output", run.folder, "--seed", 3]
     is_a_mistake(vlmamba(*again, "--preset", "tiny", "--steps", 4), "steps.*4.*3.* with which this run began")
-    is_a_mistake(vlmamba(*again[:4], "--preset", "tiny", "--steps", 3), "seed: got 0, need 3")
+    is_a_mistake(vlmamba(*again[:4], "--preset", "tiny", "--steps", 3), "seed: got 0, need 3, with which this run began$")
     is_a_mistake(vlmamba(*again, "--preset", "lite", "--steps", 3), "preset: got lite, need tiny")
     is_a_mistake(vlmamba("train", "--preset", "tiny", "--resume", "--output", tmp_path / "none"), "resume: no checkpoint in ")
     assert contents(run.folder) == before and not (tmp_path / "none").exists()
@@ -246,8 +246,8 @@ def test_a_gpu_that_is_not_there(run, picture, tmp_path):
     ["nope"], ["bench", "nope"], ["bench", "prefix", "--repeats", "0"]], ids=" ".join)
 def test_a_command_that_is_none(arguments, tmp_path, few):
     said = vlmamba(*arguments)
-    assert said.code == 2 and "Usage: vlmamba" in said.err and "Traceback" not in said.err and said.out == ""
-    assert not list(tmp_path.iterdir())
+    is_a_mistake(said, "; vlmamba.* --help lists what there is$")
+    assert said.out == "" and not list(tmp_path.iterdir())
 
 
 def test_run_training_for_notebooks(few, capsys):
@@ -403,7 +403,7 @@ def test_other_parts_and_numbers_for_the_small_model(few):
     assert again.code == 0 and "Everything is in here" in again.out, again
     is_a_mistake(vlmamba("train", "--config", "here/run_config.json", "--output", "here", "--resume", "--connector", "vss_mlp"), "model.connector: got vss_mlp, need mlp")
     slower = ("train", "--config", "here/run_config.json", "--output", "here", "--set", "training.lr=5e-4")
-    is_a_mistake(vlmamba(*slower, "--resume"), "lr.*with which this run began")
+    is_a_mistake(vlmamba(*slower, "--resume"), "lr.*with which this run began; --resume-changed accepts it$")
     again = vlmamba(*slower, "--resume-changed")              # it is meant
     assert again.code == 0 and "Everything is in here" in again.out, again
     assert [stage["lr"] for stage in json.loads(Path("here/run_config.json").read_text())["training"].values()] == [5e-4]

@@ -111,7 +111,7 @@ def test_tokenizers_from_files(tmp_path):
     for path in (tmp_path, tmp_path / "tokenizer.json", tmp_path / "neox"):
         assert Codec(open_tokenizer(path)).words("what is it?", "7") == want
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer: .*bad.json cannot be read"):
+    with pytest.raises(ValueError, match="bad.json: "):
         open_tokenizer(tmp_path / "bad.json")
     with pytest.raises(FileNotFoundError, match="tokenizer: no file"):
         open_tokenizer(tmp_path / "none")

@@ -726,22 +726,33 @@ def test_two_trainings_in_one_folder(make_model, talks, tmp_path):
         if report.step == 2:
             for resume in (False, True):
                 with pytest.raises(ValueError, match="^folder: .* is in use by a run that has not ended, need another folder$|holds the checkpoints") as error:
-                    train(make_model(seed=1), (ALIGN,), {"align": source(make_model(), talks, ALIGN)}, tmp_path / "run", 5, resume=resume)
+                    train(make_model(seed=1), (ALIGN,), {"align": source(make_model(), talks, ALIGN)}, tmp_path / "run", 5, resume=resume, settings={"seed": 6})
                 refused.append(str(error.value))
-            with pytest.raises(ValueError, match="is in use by a run that has not ended"):
-                results.write_run_config(tmp_path / "run", seed=1)
+            assert json.loads((tmp_path / "run/run_config.json").read_text()) == {"seed": 5}
     alone = run(make_model(), talks, tmp_path / "alone", stages=(ALIGN,))
     model, losses = make_model(), []
-    train(model, (ALIGN,), {"align": source(model, talks, ALIGN)}, tmp_path / "run", 5, on_step=lambda r: (losses.append(r.loss), on_step(r)))
+    train(model, (ALIGN,), {"align": source(model, talks, ALIGN)}, tmp_path / "run", 5, on_step=lambda r: (losses.append(r.loss), on_step(r)),
+          settings={"seed": 5})
     assert losses == alone[1] and equal(weights_of(model), alone[2]) and len(refused) == 2 and "\n" not in "".join(refused)
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in (tmp_path / "alone").iterdir()}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in (tmp_path / "alone").iterdir()} | {"run_config.json"}
     pid = os.fork()
     if pid == 0:
         with results.writing(tmp_path / "run"):
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
     assert (tmp_path / "run" / ".lock").exists()               # abandoned
-    results.write_run_config(tmp_path / "run", seed=1)
+    with results.writing(tmp_path / "run"):
+        pass
+
+
+def test_settings_are_written_only_where_a_run_goes_on_with_them(make_model, talks, tmp_path):
+    finished(make_model, talks, tmp_path, settings={"lr": 1})
+    for resume, change, kept, words in ((True, {}, {"lr": 2}, "^lr: got 2, need 1, "), ("changed", dict(steps=9), {"lr": 2}, "^stages: got 9 steps")):
+        with pytest.raises(ValueError, match=words):
+            run(make_model(), talks, tmp_path, resume=resume, stages=(replace(ALIGN, **change),), settings=kept)
+        assert json.loads((tmp_path / "run_config.json").read_text()) == {"lr": 1}
+    run(make_model(), talks, tmp_path, resume="changed", stages=(ALIGN,), settings={"lr": 2})
+    assert json.loads((tmp_path / "run_config.json").read_text()) == {"lr": 2}
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "model", "log"])
@@ -763,7 +774,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(make_model, talks, tmp_path, 
             raise OSError(28, "No space left on device")
         write(log, **line)
     monkeypatch.setattr(results.MetricsLog, "write", no_line)
-    with pytest.raises(OSError, match="^folder: .*run could not be written .*No space left on device.*; the checkpoints in it are whole$") as error:
+    with pytest.raises(OSError, match="^folder: .*run could not be written .*No space left on device.*$") as error:
         run(make_model(), talks, tmp_path / "run", stages=(ALIGN,))
     assert "\n" not in str(error.value) and not list((tmp_path / "run" / "checkpoints").glob(".*"))
     full[0] = False

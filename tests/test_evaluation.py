@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vlmamba_lite.data.conversations import EOS, PAD, UNK
 from vlmamba_lite.data.easy_vqa import QUESTION_TYPES, VQASet, load_easy_vqa
-from vlmamba_lite.evaluation.answers import (PUBLISHED, accuracy, accuracy_by_type, answer, answer_all, baselines, blind_majority, conversation_samples, evaluate, pick_samples, plot_samples,
+from vlmamba_lite.evaluation.answers import (PUBLISHED, accuracy, accuracy_by_type, after_picture, answer, answer_all, baselines, blind_majority, conversation_samples, evaluate, pick_samples, plot_samples,
                                              sample_sheet)
 from vlmamba_lite.data.easy_vqa import VQABatches
 from vlmamba_lite.training.loop import train
@@ -84,7 +84,7 @@ class Parrot:
 
 def test_what_ids_say(small, make_model):
     "Text up to the end; with `exact` a special token is shown, and a text that did not end says so."
-    tokenizer, model = small.tokenizer, make_model()
+    tokenizer, model = small.tokenizer, make_model().eval()
     red, yes, stop, pad, unk = (tokenizer.token_to_id(t) for t in ("red", "yes", EOS, PAD, UNK))
 
     def said(ids, exact=True):
@@ -283,3 +283,17 @@ def test_talks_are_shown_with_what_was_written_down(make_model, small, tmp_path)
     assert len(conversation_samples(model, talks, count=1, max_new_tokens=3)) == 1
     with pytest.raises(ValueError, match="samples: got none"):
         sample_sheet([])
+
+
+def test_answers_leave_a_model_that_another_thread_trains_alone(small, make_model):
+    "No part of it is switched, at any instant; the answers are those of evaluation mode."
+    model, modes, data = make_model().train(), [], small.data
+    pairs = [(data.images[0], data.questions[0]), (data.images[1], data.questions[0])]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def start(answering, *rest):
+        modes.append((model.training, answering.training, all(part.training for part in model.modules())))
+        return after_picture(answering, *rest)
+    said = answer(model, pairs, start=start)
+    assert modes == [(True, False, True)] and all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert said == answer(model.eval(), pairs)

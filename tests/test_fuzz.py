@@ -7,9 +7,11 @@ import fuzz
 import pytest
 
 from vlmamba_lite.cli.settings import read_settings, resolve_settings
+from vlmamba_lite.connectors.msc import MVSS
 from vlmamba_lite.language.model import MambaConfig
+from vlmamba_lite.layers.mamba2 import Mamba2
 from vlmamba_lite.model.presets import MODEL_PRESETS, VLMambaConfig, preset_config
-from vlmamba_lite.training.results import read_metrics
+from vlmamba_lite.training.results import check_run_config, plot_curves, read_metrics
 
 
 def test_two_thousand_changes_end_in_a_result_or_one_line(tmp_path):
@@ -59,10 +61,23 @@ def test_yaml_says_each_value_itself(tmp_path, text):
         read_settings(tmp_path / "a.yaml")
 
 
-def test_a_line_of_metrics_that_is_nested_without_end(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n" + "[" * 99_999 + "\n")
+@pytest.mark.parametrize("line", ["[" * 99_999, "[]", "3", '{"step": "1"}', '{"step": true}', '{"step": -1}', '{"step": 1e3}', f'{{"step": {"9" * 30}}}', '{"loss": 1}',
+                                  '{"step": 2, "loss": "1"}', '{"step": 2, "loss": [1]}', f'{{"step": 2, "loss": {"9" * 400}}}', '{"step": 2, "validation": 3}',
+                                  '{"step": 2, "validation": {"all": "x"}}', '{"step": 2, "validation": {"all": null}}'])
+def test_a_line_of_metrics_that_holds_no_numbers(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n" + line + "\n")
     with pytest.raises(ValueError, match="line 2 holds no numbers"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_curves_of_odd_numbers_are_drawn(tmp_path):
+    "What is no number, or none at all, is left out."
+    lines = ['{"step": 1, "loss": NaN}', '{"step": 2, "loss": -1.0, "validation": {}}', '{"step": 3, "loss": Infinity}', '{"step": 2, "validation": {"$\\\\frac$": 0.5}}',
+             '{"step": 4, "validation": {"all": -Infinity, "loss": NaN}}', '{"step": 9223372036854775807, "loss": 0}', '{"step": 7}']
+    for n in range(len(lines) + 1):
+        (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines[n:]))
+        plot_curves(read_metrics(tmp_path / "metrics.jsonl"), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_a_model_without_a_size_of_pictures_in_its_configuration_answers(tmp_path, make_model):
@@ -71,3 +86,26 @@ def test_a_model_without_a_size_of_pictures_in_its_configuration_answers(tmp_pat
     del config["vision"]["image_size"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     fuzz.open_model(tmp_path)
+
+
+def test_a_tokenizer_without_the_word_for_unknown_ones(tmp_path, make_model):
+    make_model().save_pretrained(tmp_path)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    del tokenizer["model"]["vocab"]["<unk>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="tokenizer.json: .*UNK"):
+        fuzz.open_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "prese{}", "st%ps"])
+def test_a_setting_of_a_run_with_a_name_that_is_none(tmp_path, name):
+    (tmp_path / "run_config.json").write_text(json.dumps({name: 1}))
+    with pytest.raises(ValueError, match=f"^run_config.json, {name!r}: got None, need 1, "):
+        check_run_config(tmp_path, {})
+
+
+@pytest.mark.parametrize("limit", [[None, None], [0.1], [1, 0], "ab", None, [0, "x"]])
+def test_limits_of_steps_are_two_numbers(limit):
+    for make in (Mamba2, MVSS):
+        with pytest.raises(ValueError, match="^dt_limit: got "):
+            make(16, headdim=8, dt_limit=limit)

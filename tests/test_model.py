@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
 
+from vlmamba_lite.data.easy_vqa import VQABatches
 from vlmamba_lite.data.batches import collate, collate_by_image, collate_packed
 from vlmamba_lite.connectors.attention_maps import connector_maps
 from vlmamba_lite.data.conversations import (EOS, Conversation, Row, ask_ids, byte_tokenizer, encode_conversation,
@@ -1127,3 +1128,26 @@ def test_a_model_without_a_tokenizer_says_so(make_model, small, tmp_path):
         with pytest.raises(ValueError, match="^tokenizer: got None, need one to (ask|save)"):
             call()
     assert not (tmp_path / "m").exists()
+
+
+# one graph
+
+class Answers(torch.nn.Module):
+    "Pictures and questions to logits: what one would export."
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pictures, ids):
+        return self.model.language(ids, state=self.model.read(pictures)).logits
+
+
+def test_the_whole_model_is_one_graph(make_model, small):
+    "torch.compile without a break, and torch.export, of the model; and export of its language model."
+    model, batch = make_model().eval(), VQABatches(small.data, 5, 2)[0]
+    assert torch.compile(model, fullgraph=True, backend="eager")(batch).loss.item() == pytest.approx(model(batch).loss.item(), rel=1e-5)
+    pictures, ids = torch.rand(2, 3, 64, 64) * 2 - 1, torch.arange(10).view(2, 5)
+    with torch.no_grad():
+        for module, inputs in ((Answers(model), (pictures, ids)), (model.language, (ids,))):
+            got, want = torch.export.export(module, inputs).module()(*inputs), module(*inputs)
+            torch.testing.assert_close(getattr(got, "logits", got), getattr(want, "logits", want))

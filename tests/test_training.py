@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vlmamba_lite.data.easy_vqa import VQABatches
-from vlmamba_lite.files import tensors_in
+from vlmamba_lite.files import tensors_in, write_json
 from vlmamba_lite.connectors.connectors import CONNECTORS
 from vlmamba_lite.model.vlmamba import VLMamba
 from vlmamba_lite.training import results
@@ -25,8 +25,8 @@ from vlmamba_lite.training.distributed import Processes
 from vlmamba_lite.training.loop import Learner, train, train_stage, train_step
 from vlmamba_lite.training.optimizers import Muon, build_optimizers, newton_schulz, parameter_groups
 from vlmamba_lite.training.recipes import Stage, learning_rate, pick_recipe
-from vlmamba_lite.training.results import (RUN_CONFIG, MetricsLog, StopRequest, Stopwatch, plot_curves, prefix_reuse_cost, provenance, read_metrics,
-                                           write_result, write_run_config)
+from vlmamba_lite.training.results import (RUN_CONFIG, MetricsLog, OtherRun, StopRequest, Stopwatch, check_run_config, plot_curves,
+                                           prefix_reuse_cost, provenance, read_metrics, write_result)
 
 SHORT = replace(pick_recipe("lite")[0], steps=9, batch_size=8, evaluations=3)
 COMBINATIONS = [(connector, mixer) for connector in CONNECTORS for mixer in ("mamba", "mamba2")]
@@ -510,19 +510,16 @@ def test_a_checkpoint_that_is_pickled_code_does_not_run(make_model, small, tmp_p
 
 def test_a_run_goes_on_only_with_its_configuration(tmp_path):
     settings = dict(preset="tiny", seed=0, training=asdict(SHORT), model={"width": 8})
-    with pytest.raises(OSError):
-        write_run_config(tmp_path, resume=True, **settings)
-    write_run_config(tmp_path, **settings)
-    text = (tmp_path / RUN_CONFIG).read_text()
-    assert json.loads(text) == json.loads(json.dumps(settings))
-    write_run_config(tmp_path, resume=True, **settings)       # tuples are lists on disk: no difference
-    assert (tmp_path / RUN_CONFIG).read_text() == text
-    with pytest.raises(ValueError, match="^preset: got lite, need tiny, with which this run began$"):
-        write_run_config(tmp_path, resume=True, **{**settings, "preset": "lite"})
-    with pytest.raises(ValueError, match="steps.*10.*need.*9.*with which this run began$") as error:
-        write_run_config(tmp_path, resume=True, **{**settings, "training": asdict(replace(SHORT, steps=10))})
-    assert "batch_size" not in str(error.value)               # it names what differs and not all that does not
-    assert (tmp_path / RUN_CONFIG).read_text() == text
+    with pytest.raises(ValueError, match=f"^resume: no {RUN_CONFIG} in .*; --resume-changed goes on without it$"):
+        check_run_config(tmp_path, settings)
+    write_json(tmp_path / RUN_CONFIG, settings)
+    check_run_config(tmp_path, settings)                      # tuples are lists on disk: no difference
+    with pytest.raises(OtherRun, match="^preset: got lite, need tiny, with which this run began$") as error:
+        check_run_config(tmp_path, {**settings, "preset": "lite"})
+    assert not error.value.fixed
+    with pytest.raises(OtherRun, match="steps.*10.*need.*9.*with which this run began$") as error:
+        check_run_config(tmp_path, {**settings, "training": asdict(replace(SHORT, steps=10))})
+    assert error.value.fixed and "batch_size" not in str(error.value)               # it names what differs and not all that does not
 
 
 # Logs and results

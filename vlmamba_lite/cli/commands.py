@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'TRAINING', 'ASKING', 'MEASURING', 'ModelFolder', 'TemplateName', 'Tokens', 'Temperature', 'TopK', 'TopP',
            'DrawSeed', 'TRAIN_HELP', 'data', 'main', 'ask_command', 'chat_command', 'demo_command', 'named_values',
-           'option_settings', 'resume_line', 'print_result', 'start_training', 'train_command', 'eval_command',
-           'ablate_command', 'check_command']
+           'option_settings', 'resume_line', 'print_result', 'what_is_left', 'start_training', 'train_command',
+           'eval_command', 'ablate_command', 'check_command']
 
 # %% ../../nbs/cli/commands.ipynb #2626e110
 import json
@@ -62,7 +62,7 @@ def ask_command(model: ModelFolder, picture: argument(Path, "a picture file, any
                 as_json: option(bool, "print one JSON object", None, "--json") = False, device: Device = "cpu"):
     "Asks a trained model about a picture."
     with clean_errors():
-        from vlmamba_lite.cli.chat import check_question, pick_device
+        from vlmamba_lite.cli.chat import EMPTY, check_question, pick_device
         from vlmamba_lite.data.pictures import open_image
         from vlmamba_lite.model.vlmamba import VLMamba
         check_question(question)
@@ -70,6 +70,8 @@ def ask_command(model: ModelFolder, picture: argument(Path, "a picture file, any
         answer = VLMamba.from_pretrained(model, pick_device(device)).ask(image, question)
     said = {"question": question, "answer": answer, "picture": str(picture), "model": str(model)}
     print(json.dumps(said) if as_json else answer)
+    if not answer.strip():
+        print(EMPTY, file=sys.stderr)
 
 
 @app.command("chat", cls=ListingCommand, rich_help_panel=ASKING,
@@ -176,6 +178,14 @@ torchrun --nproc_per_node 8 -m vlmamba_lite.cli train --config run.yaml --parall
 """
 
 
+def what_is_left(folder):
+    "What an error adds that ends a run: whether there is something to go on with."
+    from vlmamba_lite.training.checkpoints import has_checkpoint
+    if has_checkpoint(folder):
+        return f". The checkpoints in {folder} are whole: --resume goes on with the last one"
+    return f". There is no checkpoint in {folder} yet: the same command begins again"
+
+
 def start_training(given):
     "Does what `vlmamba train` does, from its options by their names."
     launched, of = int(os.environ.get("WORLD_SIZE", 1)), given["config"]
@@ -185,6 +195,7 @@ def start_training(given):
         from vlmamba_lite.cli.settings import parse_change, read_settings, resolve_settings, run_folder
         from vlmamba_lite.training.checkpoints import has_checkpoint
         from vlmamba_lite.training.distributed import main_process
+        from vlmamba_lite.training.results import OtherRun
         layers = [read_settings(of)] if of is not None else []
         layers += [option_settings(given), *map(parse_change, given["changes"] or [])]
         settings, stages = resolve_settings(*layers)
@@ -193,9 +204,12 @@ def start_training(given):
             return print(text, end="") if main_process() else None
         folder = run_folder(settings, resume)
         plan = runs.make_plan(settings, stages)
-    result, kept = None, f". The checkpoints in {folder} are whole: --resume goes on with the last one"
-    with suppress(KeyboardInterrupt), clean_errors(everywhere=True, kept=kept):       # one alone may read broken data
-        result = runs.run_plan(plan, folder, resume, console)
+    result = None
+    with suppress(KeyboardInterrupt), clean_errors(everywhere=True, kept=partial(what_is_left, folder)):
+        try:                                                                          # one alone may read broken data
+            result = runs.run_plan(plan, folder, resume, console)
+        except OtherRun as error:
+            raise ValueError(f"{error}{'' if error.fixed else '; --resume-changed accepts it'}") from None
     if result is not None:
         return print_result(folder, result)
     if not main_process():
@@ -317,8 +331,6 @@ def ablate_command(
         console.print(f"{result['task']}, {result['row']}, seed {result['seed']}{score}", soft_wrap=True, markup=False)
     with clean_errors(stopped="stopped; finished runs are kept. The same command goes on with the rest"):
         from vlmamba_lite.evaluation.grid import cost_table, run_grid
-        from vlmamba_lite.files import check_output
-        check_output(output, folder=True)
         results = run_grid(row or None, task or None, seeds, output, minutes, dry_run, threads, device, print_row)
         text = cost_table(results) if dry_run else f"{len(results)} results are in {output}"
     console.print(text, soft_wrap=True, markup=False)

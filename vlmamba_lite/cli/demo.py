@@ -65,21 +65,23 @@ class AttentionMap:
         return paint_map(self.picture, values.view(self.size), at)
 
 # %% ../../nbs/cli/demo.ipynb #fa25639e
-STYLE = """@media (max-width: 700px) { #talk { order: -1 } }
+STYLE = """@media (max-width: 700px) { #talk { order: -1 } #conversation { height: 35vh !important } }
 #picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated }"""
 QUESTIONS = ("what color is the shape?", "what shape is present?")
 
 
 def known_words(tokenizer, most=40):
     "A line about what a model of few words has read; '' for one that reads any text."
-    words = sorted(word for word in tokenizer.get_vocab() if word[0] not in "<[")
+    words = sorted(word for word in tokenizer.get_vocab() if word.isalnum())
     any_text = tokenizer.get_vocab_size() > 200 or all(len(word) == 1 for word in words)
     return "" if any_text else f"It knows only these words: {', '.join(words[:most])}."
 
 
 def _told(error):
     "The words of an error for someone at a page: a file by its name alone."
-    text = re.sub(r"image: (\S*/)?", "This picture cannot be used: ", str(error))
+    text = str(error)
+    if text.startswith("image: "):
+        text = "This picture cannot be used: " + re.sub(r"\S*/", "", text.removeprefix("image: "))
     return escape(text.replace("question: got", "I got"))
 
 
@@ -148,7 +150,8 @@ def demo_page(new_session, name, pictures=()):
                                    show_label=False, elem_id="attention")
                 everyone = gr.Button("all patches", size="sm", visible=scans)
             with gr.Column(scale=3, min_width=300, elem_id="talk"):
-                conversation = gr.Chatbot(label="conversation", height=500, render_markdown=False, buttons=[])
+                conversation = gr.Chatbot(label="conversation", height=500, render_markdown=False, buttons=[],
+                                          elem_id="conversation")
                 question = gr.Textbox(label="question", placeholder=QUESTIONS[0], submit_btn=True, autofocus=True)
                 gr.Examples([[text] for text in QUESTIONS], question, label="questions", cache_examples=False)
         events = [picture.upload, picture.clear, conversation.clear]

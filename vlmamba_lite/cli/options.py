@@ -32,11 +32,11 @@ def check_seed(seed):
 
 
 @contextmanager
-def clean_errors(everywhere=False, stopped=None, kept=""):
+def clean_errors(everywhere=False, stopped=None, kept=str):
     """A context that turns a ValueError, an OSError or a missing package into one line on stderr and exit code 2.
 
     A FloatingPointError, a run that diverged, exits with 1. Of several processes the first prints, or each.
-    stopped: what Ctrl-C prints before it exits with 130. kept: what an OSError adds, where it struck a long work."""
+    stopped: what Ctrl-C prints before it exits with 130. kept() says what is left where an OSError strikes."""
     try:
         yield
     except BrokenPipeError:                              # nobody reads on: `Program` ends silently
@@ -44,7 +44,7 @@ def clean_errors(everywhere=False, stopped=None, kept=""):
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split()) if error.args else type(error).__name__
         if isinstance(error, OSError):
-            text = (f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text) + kept
+            text = (f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text) + kept()
         elif isinstance(error, (MemoryError, RuntimeError)):
             if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", text):
                 raise
@@ -62,13 +62,25 @@ def clean_errors(everywhere=False, stopped=None, kept=""):
 class Program(TyperGroup):
     "The command itself: a full disk or a closed pipe at the end of stdout is no traceback, nor is a byte of no text."
 
-    def main(self, *args, **kwargs):
+    def main(self, *args, standalone_mode=True, **kwargs):
         "As of click. Exits with 141 where nobody reads stdout any longer, with 2 where it cannot be written."
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             try:
-                return super().main(*args, **kwargs)
+                code = super().main(*args, **kwargs, standalone_mode=False)
+                if not standalone_mode:
+                    return code
+                raise SystemExit(code or 0)
+            except SystemExit as stop:                                # a pipe that is closed is 1 for Typer
+                raise SystemExit(141 if isinstance(stop.__context__, BrokenPipeError) else stop.code) from None
+            except Exception as error:
+                if not hasattr(error, "format_message"):             # click's own errors, of any version's module
+                    raise
+                if type(error).__name__ != "NoArgsIsHelpError":      # which has said all
+                    help_at = f"; {error.ctx.command_path} --help lists what there is" if error.ctx else ""
+                    print("vlmamba:", error.format_message().rstrip(".") + help_at, file=sys.stderr)
+                raise SystemExit(2) from None
             finally:
                 sys.stdout.flush()
         except OSError as error:

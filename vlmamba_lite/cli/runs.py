@@ -32,7 +32,7 @@ from ..model.vlmamba import VLMamba
 from ..training.distributed import leave_processes, main_process, process_device
 from ..training.loop import train, validation_loss
 from ..training.recipes import stage_batches, total_steps
-from ..training.results import plot_curves, read_metrics, write_result, write_run_config
+from ..training.results import plot_curves, read_metrics, write_result
 
 # %% ../../nbs/cli/runs.ipynb #a684e7f2
 def prepare(preset, seed, device="cpu", **parts):
@@ -166,13 +166,11 @@ class TrainingBar:
 def train_plan(plan, folder, resume=False, console=None, quiet=False):
     "Trains -> (whether it reached the end, {cpu, wall} seconds). Raises as `train` of the loop."
     settings, steps = plan.settings, total_steps(plan.stages, plan.sources)
-    if main_process():
-        write_run_config(folder, resume, **settings.model_dump(mode="json", exclude=ELSEWHERE))
     bar = TrainingBar(steps, console, quiet or not main_process())
     with bar.progress:
         done, spent = train(plan.model, plan.stages, plan.sources, folder, settings.seed, plan.evaluate, resume,
                             bar.step, bar.check, parallel=settings.parallel, trackers=settings.trackers,
-                            workers=settings.workers)
+                            workers=settings.workers, settings=settings.model_dump(mode="json", exclude=ELSEWHERE))
         bar.progress.update(bar.task, completed=done)
     return done == steps, spent
 
@@ -186,10 +184,10 @@ def run_plan(plan, folder, resume=False, console=None, quiet=False):
     if not complete or not main_process():
         return None
     lines = read_metrics(folder / "metrics.jsonl")
-    last = {name: value for line in lines for name, value in line.items()}                # the latest of each
+    last = {name: value for line in lines for name, value in line.items()}                # the latest of each, if any
     result = plan.settings.model_dump(include={"preset", "recipe", "stages", "seed", "data"})
-    result |= dict(steps=last["step"], loss=last["loss"], validation=last.get("validation"),
-                   parameters=sum(p.numel() for p in plan.model.parameters()),
+    result |= dict(steps=total_steps(plan.stages, plan.sources), loss=last.get("loss"),
+                   validation=last.get("validation"), parameters=sum(p.numel() for p in plan.model.parameters()),
                    train_cpu_seconds=round(spent["cpu"], 1), train_wall_seconds=round(spent["wall"], 1))
     result |= plan.finish(plan, folder)
     plot_curves(lines, folder / "curves.png")

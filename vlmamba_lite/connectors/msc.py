@@ -15,8 +15,8 @@ from torch import nn
 
 from .connectors import ACTIVATIONS, CONNECTORS, NORMS
 from .vss import SCANS, check_tokens, choose, scan_order, unscan
-from ..layers.mamba import causal_conv1d, init_dt_bias, no_weight_decay
-from ..layers.mamba2 import GatedRMSNorm, split_sizes
+from ..layers.mamba import causal_conv1d, init_dt_bias, inner_width, no_weight_decay
+from ..layers.mamba2 import GatedRMSNorm, split_sizes, step_limits
 from ..ops.reference import scan_dtype
 from ..ops.ssd import prepare_dt, ssd
 from ..vision.encoders import check_sizes
@@ -40,12 +40,11 @@ class MVSS(nn.Module):
         super().__init__()
         self.dim, self.scan, self.shared, self.merge = dim, scan, shared, choose("merge", merge, ("sum", "mean"))
         self.K = 2 * len(choose("scan", scan, SCANS))                    # directions
-        self.d_state, self.d_conv, self.ngroups, self.dt_limit = d_state, d_conv, ngroups, tuple(dt_limit)
+        self.d_state, self.d_conv, self.ngroups, self.dt_limit = d_state, d_conv, ngroups, step_limits(dt_limit)
         self.chunk_size, self.backend, self.conv_backend = chunk_size, backend, conv_backend
         check_sizes(dim=dim, d_state=d_state, d_conv=d_conv, ngroups=ngroups, chunk_size=chunk_size)
-        self.d_inner = int(expand * dim)
+        self.d_inner = inner_width(expand, dim)
         self.headdim = math.gcd(64, self.d_inner) if headdim == "auto" else headdim
-        check_sizes(**{"expand * dim": self.d_inner}, headdim=self.headdim)
         self.nheads = split_sizes(self.d_inner, self.headdim, ngroups)
         self.conv_dim = self.d_inner + 2 * ngroups * d_state
         self.sets = S = 1 if shared else self.K                          # sets of weights for the directions

@@ -13,14 +13,13 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from .batches import Tally, collate, load_batches, open_pictures
 from .conversations import Codec, byte_tokenizer, encode_conversation, pick_template
 from .easy_vqa import easy_vqa_set
 from .pictures import process_images
 from .records import hub_set, llava_set, read_record
 from .sort_of_clevr import sort_of_clevr
+from ..files import read_tokenizer
 
 # %% ../../nbs/data/checks.ipynb #09256a45
 BUILT_IN = {"easy-vqa": lambda: easy_vqa_set("train"), "sort-of-clevr": lambda: sort_of_clevr(10_000)}
@@ -59,10 +58,7 @@ def open_tokenizer(path):
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"tokenizer: no file {file}")
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:                                     # tokenizers raises plain Exceptions
-        raise ValueError(f"tokenizer: {file} cannot be read: {error}") from None
+    return read_tokenizer(file)
 
 # %% ../../nbs/data/checks.ipynb #12bb7939
 def check_data(data, tokenizer=None, template="zephyr", max_length=None, limit=None):

@@ -22,7 +22,7 @@ from ..data.easy_vqa import QUESTION_TYPES
 from ..data.pictures import normalize, to_rgb
 from ..files import write_atomically
 from ..model.chat import PromptFormat
-from ..model.vlmamba import select_state
+from ..model.vlmamba import in_evaluation, select_state
 
 # %% ../../nbs/evaluation/19_answers.ipynb #85cd36d9
 def accuracy(predictions, answers):
@@ -78,22 +78,18 @@ def answer(model, pairs, batch_size=64, max_new_tokens=16, template=None, exact=
         end = next((i for i, token in enumerate(ids) if token in prompt.stops), None)
         return model.tokenizer.decode(ids[:end], skip_special_tokens=False) + ("" if end is not None else " ...")
 
-    was_training = model.training
-    model.eval()
-    try:
-        for at in range(0, len(pairs), batch_size):
-            pictures, questions = zip(*pairs[at:at + batch_size])
-            different = {id(picture): picture for picture in pictures}
-            place = {key: i for i, key in enumerate(different)}
-            which = torch.tensor([place[id(picture)] for picture in pictures], device=device)
-            rows = [tokens[question] for question in questions]
-            ids, lengths = pad_rows(rows, 0).to(device), torch.tensor([len(row) for row in rows], device=device)
-            mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-            ids, mask, state = start(model, list(different.values()), which, ids, mask)
-            new = model.language.generate(ids, max_new_tokens, prompt.stops, mask=mask, state=state)[:, ids.shape[1]:]
-            texts += map(text, new.tolist())
-    finally:
-        model.train(was_training)
+    model = in_evaluation(model)
+    for at in range(0, len(pairs), batch_size):
+        pictures, questions = zip(*pairs[at:at + batch_size])
+        different = {id(picture): picture for picture in pictures}
+        place = {key: i for i, key in enumerate(different)}
+        which = torch.tensor([place[id(picture)] for picture in pictures], device=device)
+        rows = [tokens[question] for question in questions]
+        ids, lengths = pad_rows(rows, 0).to(device), torch.tensor([len(row) for row in rows], device=device)
+        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        ids, mask, state = start(model, list(different.values()), which, ids, mask)
+        new = model.language.generate(ids, max_new_tokens, prompt.stops, mask=mask, state=state)[:, ids.shape[1]:]
+        texts += map(text, new.tolist())
     return texts
 
 

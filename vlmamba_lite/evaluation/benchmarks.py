@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from statistics import median
 
+import psutil
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -30,7 +31,7 @@ from .cost import (compared, fit_power, peak_bytes, read_in_pieces, side_by_side
 from ..language.model import MambaConfig, MambaLM
 from ..layers.mamba import Mamba, causal_conv1d, conv_backends
 from ..layers.mamba2 import Mamba2
-from ..model.memory import count_parameters
+from ..model.memory import count_parameters, memory_estimate
 from ..model.presets import MODEL_PRESETS
 from ..model.vlmamba import VLMamba
 from ..ops.reference import require
@@ -322,6 +323,11 @@ def bench_training(preset="vl-mamba-2.8b", rows=8, length=512, batch_size=128, r
     precision = "bf16" if torch.cuda.is_available() else "fp32"
     stage = replace(RECIPES["vl-mamba"][1], batch_size=batch_size, precision=precision)
     model = random_model(preset, seed)
+    if not torch.cuda.is_available():
+        size = memory_estimate(model.config, stage.trains, rows, length, precision)["total"]
+        free = psutil.virtual_memory().available
+        require(size < free, "rows, length", f"{rows} rows of {length:,} tokens, about {size / 2 ** 30:,.1f} GiB",
+                f"at most the {free / 2 ** 30:.1f} GiB that are free")
     step = training_form(model, stage, rows, length, seed)
     forms = {name: partial(step, name) for name in runnable_blocks()}
     peaks = {name: most_held(form) for name, form in forms.items()}

@@ -12,7 +12,6 @@ __all__ = ['ROWS', 'BUDGET', 'TASKS', 'CLEVR_QUESTIONS', 'CLEVR_PHASES', 'GridRo
 import itertools
 import json
 import math
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -30,7 +29,7 @@ from ..data.sort_of_clevr import (CLEVR_COLORS, NON_RELATIONAL, RELATIONAL, draw
                                              scene_answer, scene_questions)
 from .answers import accuracy_by_type, answer_all, pixels_of
 from .cost import timed_turn
-from ..files import read_json
+from ..files import check_output, read_json
 from ..model.memory import count_parameters
 from ..model.presets import lite_config, override
 from ..model.vlmamba import VLMamba
@@ -341,11 +340,7 @@ def run_grid(rows=None, tasks=None, seeds=5, output=Path("data/results/ablations
     if device not in ("auto", "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: got {device!r}, need 'auto' or 'cpu', or 'cuda' where there is a GPU")
     device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    place = next(folder for folder in (Path(output), *Path(output).absolute().parents) if folder.exists())
-    try:
-        tempfile.TemporaryFile(dir=place).close()                        # now, and not after the first run
-    except OSError as error:
-        raise ValueError(f"output: got {output}, need a folder to write in; {place}: {error.strerror}") from None
+    check_output(output, folder=True)                                    # now, and not after the first run
     plan, began, before = [], time.monotonic(), torch.get_num_threads()
     for task, row, seed in itertools.product(tasks, rows, range(seeds)):
         path, settings = Path(output) / f"{task}.{row}.seed{seed}.json", row_settings(task, row)

@@ -24,8 +24,8 @@ from ..data.easy_vqa import load_easy_vqa, question_type
 from ..data.records import parse_json, safe_path, undecoded
 from .answers import (bootstrap, check_pairs, leave_one_out, pope_formula, pope_parts,
                                              share_interval)
-from ..files import write_atomically
-from ..training.results import RUN_CONFIG, write_result, write_run_config
+from ..files import write_atomically, write_json
+from ..training.results import RUN_CONFIG, check_run_config, write_result, writing
 
 # %% ../../nbs/evaluation/metrics.ipynb #9ba38032
 _MARKS = ";/[]\"{}()=+\\_-><@`,?!"            # no apostrophe, colon or period
@@ -237,11 +237,14 @@ def evaluate_benchmark(ask, name, samples, folder, batch_size=16, resume=False, 
                          "another folder starts anew")
     settings = dict(benchmark=name, questions=len(samples), batch_size=batch_size, suffix=suffix, **(settings or {}),
                     checksums=fingerprints(ask, samples))
-    write_run_config(folder, begun, **settings)
     end = "\n" + SHORT_ANSWER if suffix else ""
-    predictions = answer_samples(ask, samples, folder / "predictions.jsonl", batch_size, resume, end, on_step)
-    result = {**settings, **score(name, samples, predictions, seed), "seed": seed}
-    write_result(folder / "result.json", **result)
+    with writing(folder):
+        if begun:
+            check_run_config(folder, settings)
+        write_json(folder / RUN_CONFIG, settings)
+        predictions = answer_samples(ask, samples, folder / "predictions.jsonl", batch_size, resume, end, on_step)
+        result = {**settings, **score(name, samples, predictions, seed), "seed": seed}
+        write_result(folder / "result.json", **result)
     return result
 
 # %% ../../nbs/evaluation/metrics.ipynb #baa3fe78

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FusedConv', 'conv_backends', 'causal_conv1d', 'next_window', 'conv_step', 'init_dt_bias', 'StepProjection',
-           'no_weight_decay', 'check_block_inputs', 'check_mask', 'reorder_tokens', 'pack_tokens', 'unpack_tokens',
-           'MambaState', 'Mamba']
+           'inner_width', 'no_weight_decay', 'check_block_inputs', 'check_mask', 'reorder_tokens', 'pack_tokens',
+           'unpack_tokens', 'MambaState', 'Mamba']
 
 # %% ../../nbs/layers/05_mamba.ipynb #2e081aee
 import math
@@ -124,6 +124,13 @@ class StepProjection(nn.Linear):
         return F.linear(code, self.weight)
 
 
+def inner_width(expand, d_model):
+    "d_inner, `expand` times d_model. Raises `ValueError` unless that is a number of channels."
+    number = isinstance(expand, int | float) and not isinstance(expand, bool)
+    require(number and 1 <= expand * d_model < math.inf, "expand", repr(expand), f"a number, at least 1 / {d_model}")
+    return int(expand * d_model)
+
+
 def no_weight_decay(*parameters):
     "Marks parameters that an optimizer must not decay, as the official layers do."
     for p in parameters:
@@ -190,9 +197,9 @@ class Mamba(nn.Module):
         check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv)
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
         self.backend, self.conv_backend = backend, conv_backend
-        self.d_inner = int(expand * d_model)
+        self.d_inner = inner_width(expand, d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
-        check_sizes(dt_rank=self.dt_rank, **{"expand * d_model": self.d_inner})
+        check_sizes(dt_rank=self.dt_rank)
         self.state_shapes = (self.d_inner, d_conv), (self.d_inner, d_state)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)                    # u, then z
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, bias=conv_bias)

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mamba import check_block_inputs, init_dt_bias, no_weight_decay, pack_tokens, unpack_tokens
+from .mamba import (check_block_inputs, init_dt_bias, inner_width, no_weight_decay, pack_tokens,
+                                       unpack_tokens)
 from .mamba2 import GatedRMSNorm, split_sizes
 from ..ops.reference import check_sizes, require, scan_dtype
 from ..ops.ssd import chunked_form, quadratic_form
@@ -101,12 +102,12 @@ class Mamba3(nn.Module):
         require(backend in ("auto", *FORMS), "backend", repr(backend), f"one of auto, {', '.join(FORMS)}")
         self.d_model, self.d_state, self.headdim, self.ngroups = d_model, d_state, headdim, ngroups
         self.A_floor, self.A_activation, self.is_mimo = A_floor, A_activation, is_mimo
-        self.d_inner = int(expand * d_model)
+        self.d_inner = inner_width(expand, d_model)
         self.nheads = H = split_sizes(self.d_inner, headdim, ngroups)
         self.rank = R = mimo_rank if is_mimo else 1
         self.angles, self.halves = int(d_state * rope_fraction) // 2, is_mimo
         require(1 <= self.angles <= d_state // 2, "rope_fraction", rope_fraction, "one pair of d_state to all")
-        require(R >= 1, "mimo_rank", R, "at least 1")
+        check_sizes(mimo_rank=R)
         self.chunk_size, self.backend = chunk_size, "chunked" if backend == "auto" else backend
         self.state_shapes = (H, self.angles), (H, headdim, d_state), (R, H, d_state), (H, headdim)
         self.sizes = [self.d_inner] * 2 + [ngroups * R * d_state] * 2 + [H] * 3 + [self.angles]

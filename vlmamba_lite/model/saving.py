@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from ..files import WEIGHTS, file_finder, load_weights, naming, read_json, save_together, tensors_in
-from ..files import unique_tensors, weight_files, weight_paths, write_atomically, write_json
+from ..files import WEIGHTS, file_finder, load_weights, naming, read_json, read_tokenizer, save_together
+from ..files import tensors_in, unique_tensors, weight_files, weight_paths, write_atomically, write_json
 from ..language.model import check_arguments
 from .presets import VLMambaConfig
 
@@ -96,7 +96,7 @@ def empty_model(model_class, folder):
             raise ValueError(f"configuration: got no {', '.join(sorted(missing))}, need them all")
         model = model_class(VLMambaConfig(**fields))
     with naming(tokenizer):
-        model.tokenizer = Tokenizer.from_file(str(tokenizer))
+        model.tokenizer = read_tokenizer(tokenizer)
         words, most = model.tokenizer.get_vocab_size(), model.config.language.vocab_size
         if words > most:
             raise ValueError(f"got {words:,} words, need at most {most:,}: it is another model's")
@@ -161,5 +161,4 @@ def find_tokenizer(source, language=None):
                 text = f"tokenizer: no tokenizer.json in {place}, need one, or the argument tokenizer"
                 raise FileNotFoundError(text) from error
             path = file_finder(NEOX)("tokenizer.json")
-    with naming(path):
-        return Tokenizer.from_file(str(path))
+    return read_tokenizer(path)

@@ -18,10 +18,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data.batches import collate_packed
+from ..files import write_json
+from ..model.vlmamba import in_evaluation
 from .checkpoints import has_checkpoint
 from .distributed import Processes, main_process
 from .recipes import count_steps, learning_rate, set_modes
-from .results import MetricsLog, StopRequest, Trackers, writing
+from .results import RUN_CONFIG, MetricsLog, StopRequest, Trackers, check_run_config, writing
 from .run import Run
 
 # %% ../../nbs/training/18_loop.ipynb #b07bcf60
@@ -125,15 +127,16 @@ class Learner(nn.Module):
 
 # %% ../../nbs/training/18_loop.ipynb #b0b5acf7
 def train(model, stages, sources, folder=None, seed=0, evaluate=None, resume=False, on_step=None, on_check=None,
-          log_every=10, parallel="auto", trackers=(), workers=None, best=None):
+          log_every=10, parallel="auto", trackers=(), workers=None, best=None, settings=None):
     """Trains a `VLMamba` by stages (VL-Mamba, section 4.1), to the end or Ctrl-C; returns (steps, {cpu, wall} seconds).
     sources: {stage name: source}, source[step] -> Batch. folder: for checkpoints, log and model; None writes nothing.
     evaluate(model) -> {name: score}, on_step(`StepReport`) and on_check(step, scores) are called in process 0.
     parallel: "auto" (several processes: "ddp"), "ddp" or "fsdp". best: the score that decides, by default the first;
     "loss..." counts down. resume: True, or "changed" to go on although data, model or options are not those it began
-    with. workers: processes that prepare batches, by default 2 beside a GPU, none beside a CPU. Raises a `ValueError`
-    for an argument that does not fit, a `FloatingPointError` with the batch saved, a `RuntimeError` where a frozen
-    tensor moved, an `OSError` for a full disk."""
+    with. workers: processes that prepare batches, by default 2 beside a GPU, none beside a CPU. settings: kept in
+    run_config.json, and those a run must go on with. Raises a `ValueError` for an argument that does not fit, a
+    `FloatingPointError` with the batch saved, a `RuntimeError` where a frozen tensor moved, an `OSError` for a full
+    disk."""
     folder = None if folder is None else Path(folder)
     processes = Processes(model.device, parallel)
     check_run(stages, sources, folder, resume, processes.parallel)
@@ -145,7 +148,11 @@ def train(model, stages, sources, folder=None, seed=0, evaluate=None, resume=Fal
               workers, best)
     with StopRequest() as run.stop, writing(folder if main_process() else None):
         try:
+            if settings and resume is True:
+                check_run_config(folder, settings)
             checkpoint = run.resume(resume) if resume else None
+            if settings and main_process():
+                write_json(folder / RUN_CONFIG, settings)
             run.log = MetricsLog(folder / "metrics.jsonl", run.step) if folder is not None and main_process() else None
             for stage in run.stages:
                 done = min(run.step - run.began, stage.steps)
@@ -187,11 +194,8 @@ def check_run(stages, sources, folder, resume, parallel="none"):
 @torch.no_grad()
 def validation_loss(model, batches, count):
     "{\"loss\": mean over the learned tokens of the first `count` batches}, of a whole model in evaluation mode."
-    losses, weights, was_training = [], [], model.training
-    try:
-        for batch in DataLoader(batches, batch_size=None, sampler=range(count)):
-            losses.append(model.eval()(batch.to(model.device)).loss.item())
-            weights.append(learned_tokens(batch))
-    finally:
-        model.train(was_training)
+    model, losses, weights = in_evaluation(model), [], []
+    for batch in DataLoader(batches, batch_size=None, sampler=range(count)):
+        losses.append(model(batch.to(model.device)).loss.item())
+        weights.append(learned_tokens(batch))
     return {"loss": float(np.average(losses, weights=weights))}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'RUN_CONFIG', 'StopRequest', 'MetricsLog', 'read_metrics', 'Trackers', 'StepReport', 'Stopwatch',
-           'differences', 'writing', 'write_run_config', 'plot_curves', 'provenance', 'write_result',
+           'differences', 'writing', 'OtherRun', 'check_run_config', 'plot_curves', 'provenance', 'write_result',
            'prefix_reuse_cost']
 
 # %% ../../nbs/training/results.ipynb #1ab67574
@@ -65,14 +65,22 @@ class MetricsLog:
             file.write(json.dumps(line) + "\n")
 
 
+def _check_line(line):
+    "Raises some error unless a line has a step, and its loss and scores are numbers that can be drawn."
+    numbers = {"step": line["step"], "loss": line.get("loss", 0.0), **line.get("validation", {})}
+    if type(line["step"]) is not int or not 0 <= line["step"] < 2 ** 63 or str in map(type, numbers.values()):
+        raise ValueError
+    [float(number) for number in numbers.values()]                       # a whole number may be too large for one
+
+
 def read_metrics(path):
     "The lines of a metrics.jsonl as dicts; one that a crash left unfinished is left out. `ValueError` for damage."
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     for n, text in enumerate(lines):
         try:
             lines[n] = json.loads(text)
-            lines[n]["step"] + 0
-        except (ValueError, KeyError, TypeError, RecursionError):
+            _check_line(lines[n])
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ValueError(f"{path}: line {n + 1} holds no numbers of a step; delete that line to go on") from None
     return lines
 
@@ -171,20 +179,28 @@ def writing(folder):
     except (OSError, SafetensorError) as error:                          # safetensors has its own kind of error
         if getattr(error, "errno", errno.ENOSPC) != errno.ENOSPC:
             raise
-        raise OSError(f"folder: {folder} could not be written ({error}); the checkpoints in it are whole") from error
+        raise OSError(f"folder: {folder} could not be written ({error})") from error
     finally:
         with suppress(OSError):
             path.unlink()
         lock.release()
 
 
-def write_run_config(folder, resume=False, **settings):
-    "Writes a run's resolved configuration; `resume=True` checks that it is the same. `ValueError` naming a difference."
-    path, settings = Path(folder) / RUN_CONFIG, json.loads(json.dumps(settings))        # lists for tuples, as on disk
-    with writing(folder):
-        for name, got, need in differences(settings, read_json(path)) if resume is True else ():
-            raise ValueError(f"{name}: got {got}, need {need}, with which this run began")
-        write_json(path, settings)
+class OtherRun(ValueError):
+    "A run would go on with something else than it began with. fixed: nor can it, were that what is meant."
+    def __init__(self, name, got, need, fixed=False):
+        super().__init__(f"{name}: got {got}, need {need}, with which this run began")
+        self.fixed = fixed
+
+
+def check_run_config(folder, settings):
+    "Raises `OtherRun`, naming the first difference, unless settings are those in a run's folder."
+    if not (Path(folder) / RUN_CONFIG).is_file():
+        raise ValueError(f"resume: no {RUN_CONFIG} in {folder}, need it; --resume-changed goes on without it")
+    now = json.loads(json.dumps(settings))                               # lists for tuples, as on disk
+    for name, got, need in differences(now, read_json(Path(folder) / RUN_CONFIG)):
+        shown = name if re.fullmatch(r"[\w.]+", name) else f"{RUN_CONFIG}, {name!r}"
+        raise OtherRun(shown, got, need, name.rpartition(".")[2] in ("seed", "steps", "epochs"))
 
 # %% ../../nbs/training/results.ipynb #924913d0
 def plot_curves(metrics, path=None):
@@ -199,7 +215,7 @@ def plot_curves(metrics, path=None):
     for name in checks[0][1] if checks else ():
         axes, scale, label = (left, 1, f"validation, {name}") if name.startswith("loss") else (right, 100, name)
         shown = [(step, scale * scores[name]) for step, scores in checks if name in scores]
-        axes.plot(*zip(*shown), "o-", ms=3, label=label)
+        axes.plot(*zip(*shown), "o-", ms=3, label=label.replace("$", r"\$"))
         axes.legend(fontsize=7)
     if path is not None:
         write_atomically(path, lambda part: figure.savefig(part, dpi=150, format="png"))

@@ -27,7 +27,7 @@ from .checkpoints import (drop_checkpoints, latest_checkpoint, read_state, reada
 from .distributed import Processes, main_process, whole_model
 from .optimizers import EMA, build_optimizers, parameter_kinds
 from .recipes import check_moved, digests, freeze
-from .results import StepReport, Stopwatch, Trackers, differences
+from .results import OtherRun, StepReport, Stopwatch, Trackers, differences
 
 # %% ../../nbs/training/run.ipynb #c6bfac4a
 def _contents(source, most):
@@ -108,7 +108,7 @@ class Run:
         for kind, now in self._identity.items():
             for name, got, need in differences(now, state[kind]) if how != "changed" or kind == "steps" else ():
                 where = "stages" if kind == "steps" else kind
-                raise ValueError(f"{where}: got {got} {name}, need {need}, with which this run began")
+                raise OtherRun(where, f"{got} {name}", need, fixed=kind == "steps")
         restore_weights(path, self.model)
         self.step, self.watch = state["step"], Stopwatch(spent)
         return path
