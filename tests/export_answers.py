@@ -1,4 +1,4 @@
-"""Does a model answer the same where it was exported to? Exports one, asks 200 questions there and here, and writes data/results/export.json.
+"""Does a model answer the same where it was exported to? Exports one, asks 200 questions there and here, and writes data/results/export/.
 
     python tests/export_answers.py runs/lite_seed0
 
@@ -75,7 +75,7 @@ def llama(path):
 def through_llama(model, data, folder, count):
     "The language model alone: questions as texts, and random token numbers for random models of both kinds, 32 tokens each."
     export_gguf(model, folder / "lite.gguf")
-    write, prompt, stop, got, want = llama(folder / "lite.gguf"), PromptFormat(model.tokenizer), [], [], []
+    write, prompt, got, want = llama(folder / "lite.gguf"), PromptFormat(model.tokenizer), [], []
     for row in pick(data, count):
         ids = prompt.encode(data.questions[row])
         want.append(model.language.generate(torch.tensor([ids]), 8, prompt.stops)[0, len(ids):].tolist())
@@ -153,20 +153,22 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--output", type=Path, default=ROOT / "data/results/export.json")
+    parser.add_argument("--parts", nargs="+", default=["llava", "gguf", "onnx", "step"])
+    parser.add_argument("--output", type=Path, default=ROOT / "data/results/export", help="the folder of the result files")
     given = parser.parse_args()
     torch.set_num_threads(1)
     model = VLMamba.from_pretrained(given.model)
     data = build_set(load_easy_vqa("validation"), model.tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
-        folder, result = Path(folder), {}
-        for name, part in (("llava", lambda: through_llava(model, data, folder, given.count)),
-                           ("gguf", lambda: through_llama(model, data, folder, given.count)),
-                           ("onnx", lambda: through_onnx(model, data, folder, given.count)),
-                           ("step", lambda: step_times(folder))):
-            result[name] = part()
-            print(name, result[name], f"{time.perf_counter():.0f} s", flush=True)
-    write_result(given.output, model=str(given.model), count=given.count, **result)
+    for name in given.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            if name == "step":
+                result = step_times(folder)
+            else:
+                part = dict(llava=through_llava, gguf=through_llama, onnx=through_onnx)[name]
+                result = dict(model=str(given.model), forms=part(model, data, folder, given.count))
+        print(name, result, flush=True)
+        write_result(given.output / f"{name}.json", **result)
 
 
 if __name__ == "__main__":

@@ -54,38 +54,43 @@ STOCK = """
 import sys, torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
-folder, *questions = sys.argv[1:]
-model, processor = LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-said = []
-for question in questions:
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(images=Image.open(folder + "/noise.png"), text=text, return_tensors="pt")
-    with torch.no_grad():
-        said.append((inputs["input_ids"], model(**inputs).logits))
-    new = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1]:]
-    said[-1] += (processor.decode(new, skip_special_tokens=True),)
-torch.save([{"ids": i, "logits": x, "text": [ord(c) for c in t]} for i, x, t in said], folder + "/said.pt")
+place, *questions = sys.argv[1:]
+for folder in (place + "/0", place + "/1", place + "/2"):
+    model, processor = LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    said = []
+    for question in questions:
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = processor(images=Image.open(place + "/noise.png"), text=text, return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        new = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+        said.append({"ids": inputs["input_ids"], "logits": logits, "text": processor.decode(new, skip_special_tokens=True)})
+    torch.save(said, folder + "/said.pt")
 assert not any(name.startswith("vlmamba") for name in sys.modules)
 """
 
 
-@pytest.mark.parametrize("kind, mixer, template", [("clip", "mamba2", None), ("siglip", "mamba", None), ("siglip", "mamba2", "zephyr")])
-def test_stock_transformers_gives_the_same_logits_and_text(words, tmp_path, kind, mixer, template):
-    tokenizer = words if template is None else byte_tokenizer()
-    lm = language(tokenizer, mixer=mixer, mixer_args={} if mixer == "mamba" else MAMBA2["mixer_args"], tie_embeddings=template is None)
-    model, picture = llava_like(tokenizer, kind, lm=lm), noise(1)[0]
-    export_llava(model, tmp_path, template)
+def test_stock_transformers_gives_the_same_logits_and_text(words, tmp_path):
+    models, picture = [], noise(1)[0]
     picture.save(tmp_path / "noise.png")
+    for kind, mixer, template in (("clip", "mamba2", None), ("siglip", "mamba", None), ("siglip", "mamba2", "zephyr")):
+        tokenizer = words if template is None else byte_tokenizer()
+        lm = language(tokenizer, mixer=mixer, mixer_args={} if mixer == "mamba" else MAMBA2["mixer_args"], tie_embeddings=template is None)
+        models.append((llava_like(tokenizer, kind, lm=lm), template))
+        export_llava(models[-1][0], tmp_path / str(len(models) - 1), template)
     subprocess.run([sys.executable, "-c", STOCK, str(tmp_path), *QUESTIONS], check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""})
-    prompt, visual = PromptFormat(tokenizer, template), model.see(model.pixels(picture))
-    for question, said in zip(QUESTIONS, torch.load(tmp_path / "said.pt", weights_only=True)):
-        ids = prompt.encode(question)
-        assert said["ids"][0].tolist() == [tokenizer.get_vocab_size()] * visual.shape[1] + ids
-        with torch.no_grad():
-            ours = model.language(inputs_embeds=torch.cat([visual, model.language.embed(torch.tensor([ids]))], 1)).logits
-        assert (said["logits"][..., :lm.vocab_size] - ours).abs().max() < 1e-4
-        assert "".join(map(chr, said["text"])).strip() == model.ask(picture, question, 6, template).strip()
+    for i, (model, template) in enumerate(models):
+        prompt, visual, texts = PromptFormat(model.tokenizer, template), model.see(model.pixels(picture)), set()
+        for question, said in zip(QUESTIONS, torch.load(tmp_path / str(i) / "said.pt", weights_only=True), strict=True):
+            ids = prompt.encode(question)
+            assert said["ids"][0].tolist() == [model.tokenizer.get_vocab_size()] * visual.shape[1] + ids
+            with torch.no_grad():
+                ours = model.language(inputs_embeds=torch.cat([visual, model.language.embed(torch.tensor([ids]))], 1)).logits
+            assert (said["logits"][..., :ours.shape[-1]] - ours).abs().max() < 1e-4
+            assert said["text"].strip() == model.ask(picture, question, 6, template).strip()
+            texts.add(said["text"])
+        assert len(texts) > 1
 
 
 def test_what_llava_has_not_is_refused_in_one_line(words, tmp_path):
@@ -96,7 +101,7 @@ def test_what_llava_has_not_is_refused_in_one_line(words, tmp_path):
             "vision: got 'fused', need one": llava_like(words, vision=dict(kind="fused", towers=[dict(kind=k, config=f"tiny-{k}") for k in ("clip", "siglip")])),
             "vision: got 'dinov2', need one": llava_like(words, "dinov2"),
             "hidden_dim: got 8, need 32": llava_like(words, args=dict(hidden_dim=8)),
-            "mixer: got 'attention', need 'mamba' or 'mamba2'": llava_like(words, lm=language(words, mixer="attention", mixer_args={})),
+            "mixer: got 'attention', need 'mamba' or 'mamba2'": llava_like(words, lm=language(words, mixer="attention", mixer_args=dict(headdim=8))),
             "dt_limit: got": llava_like(words, lm=language(words, mixer_args=dict(headdim=8, dt_limit=(0., 0.1)))),
             "preprocess: got pictures of": llava_like(words, vision=dict(kind="clip", config="tiny-clip", preprocess=square | dict(size=(40, 40)))),
             "pad_to_square: got a border": llava_like(words, vision=dict(kind="clip", config="tiny-clip", preprocess=square | dict(pad_to_square=True))),
@@ -181,7 +186,7 @@ def test_plain_forms_share_the_weights_and_leave_the_model_alone(words):
 
 def test_what_onnx_cannot_say_is_refused(words, tmp_path, monkeypatch):
     model = VLMamba.from_preset("tiny", words)
-    for match, other in {"mixer: got 'attention'": llava_like(words, lm=language(words, mixer="attention", mixer_args={})),
+    for match, other in {"mixer: got 'attention'": llava_like(words, lm=language(words, mixer="attention", mixer_args=dict(headdim=8))),
                          "dtype: got torch.bfloat16": VLMamba.from_preset("tiny", words, dtype=torch.bfloat16),
                          "model: got MambaLM": MambaLM(language(words))}.items():
         with pytest.raises(ValueError, match=match):

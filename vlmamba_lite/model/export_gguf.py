@@ -7,7 +7,6 @@ __all__ = ['GGUF_NAMES', 'gguf_tensors', 'check_gguf', 'gguf_words', 'write_gguf
 
 # %% ../../nbs/model/export_gguf.ipynb #b0e10993
 import json
-from functools import partial
 
 import numpy as np
 import torch

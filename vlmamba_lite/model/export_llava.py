@@ -75,7 +75,7 @@ def to_llava(model, tower, config):
         llava = LlavaForConditionalGeneration(config)
     need = llava.state_dict()
     if unknown := sorted(own.keys() - need.keys()):
-        raise ValueError(f"model: got {unknown[0]} and {len(unknown) - 1} more, which this version of transformers lacks")
+        raise ValueError(f"model: got {unknown[0]} and {len(unknown) - 1} more, which this transformers lacks")
     zeros = {name: torch.zeros(x.shape, dtype=model.dtype) for name, x in need.items() if name not in own}
     llava.load_state_dict(own | zeros, assign=True)
     return llava.eval()

@@ -57,7 +57,7 @@ class StepGraph(nn.Module):
 
 # %% ../../nbs/model/export_onnx.ipynb #f9ee2cd5
 def plain_forms(model):
-    "A copy of a model, with the same parameters, whose Mamba layers scan by plain arithmetic: no C++, nothing in place."
+    "A copy of a model, with the same parameters, whose layers scan by plain arithmetic: no C++, nothing in place."
     shared = [*model.parameters(), *model.buffers()]
     plain = copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).eval()
     for module in plain.modules():
@@ -170,7 +170,7 @@ def check_onnx(model):
         raise ModuleNotFoundError(f"export onnx needs {' and '.join(lacking)}, which is not installed: "
                                   "pip install 'vlmamba_lite[export]'")
     mixer = model.config.language.mixer
-    require(mixer != "attention", "mixer", repr(mixer), "a state space model: the state of attention grows, a graph's not")
+    require(mixer != "attention", "mixer", repr(mixer), "a state space model: attention's state grows, a graph's not")
     require(model.dtype == torch.float32, "dtype", model.dtype, "torch.float32, in which graphs are checked")
 
 
