@@ -23,6 +23,7 @@ import typer
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from .bench import bench
+from .export import export
 from .options import (Device, ListingCommand, Name, Names, Number, Program, argument, check_seed,
                                       clean_errors, console, option)
 
@@ -30,6 +31,7 @@ from .options import (Device, ListingCommand, Name, Names, Number, Program, argu
 app = typer.Typer(cls=Program, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 TRAINING, ASKING, MEASURING = "Train", "Ask", "Measure"                  # groups of commands in `vlmamba --help`
 app.add_typer(bench, name="bench", rich_help_panel=MEASURING)
+app.add_typer(export, name="export", rich_help_panel=ASKING)
 
 
 def _version(show: bool):
