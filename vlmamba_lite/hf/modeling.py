@@ -271,10 +271,10 @@ class VLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
                           use_cache=use_cache, logits_to_keep=logits_to_keep)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
-        mask = model_kwargs.get("attention_mask")
+        new, mask = {} if outputs.cache is None else dict(cache=outputs.cache), model_kwargs.get("attention_mask")
         if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(len(mask), num_new_tokens)], 1)
-        return model_kwargs | dict(cache=outputs.cache, attention_mask=mask)
+            new["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), num_new_tokens)], 1)
+        return model_kwargs | new
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **options):
         "None: `forward` makes a `StateCache`."

@@ -6,6 +6,7 @@
 __all__ = ['APART', 'VLMambaImageProcessor', 'flat', 'chat_template', 'VLMambaProcessor']
 
 # %% ../../nbs/hf/processing.ipynb #8c148381
+import copy
 import json
 from dataclasses import asdict
 
@@ -22,7 +23,7 @@ from ..data.pictures import normalize, process_images, to_rgb
 from ..files import file_finder, naming, read_json
 from .modeling import IMAGE, VLMambaHFConfig
 from ..model.chat import PromptFormat
-from ..model.memory import meta_model
+from ..model.memory import meta_model, without_data
 from ..model.saving import read_config
 from ..vision.images import Preprocess
 
@@ -117,10 +118,11 @@ class VLMambaProcessor(ProcessorMixin):
     @classmethod
     def of(cls, config, tokenizer, template=None):
         "That of a `VLMambaConfig` and its `Tokenizer`; template: by default the one that `VLMamba.ask` takes."
-        prompt, model = PromptFormat(tokenizer, template), meta_model(config)
+        prompt, model = PromptFormat(tokenizer, template), copy.deepcopy(meta_model(config))
         codec, images = prompt.codec, VLMambaImageProcessor.of(model.vision)
         shape = images.preprocess([Image.new("RGB", (32, 32))])["pixel_values"].shape
-        seen = model.see(torch.empty(shape, device="meta")).shape[1]
+        with without_data():                             # shapes alone: nothing is computed
+            seen = model.to_empty(device="cpu").see(torch.empty(shape)).shape[1]
         pad = tokenizer.id_to_token(codec.pad_id)
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=codec.eos, pad_token=pad, padding_side="left",
                                        clean_up_tokenization_spaces=False)
