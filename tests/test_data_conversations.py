@@ -127,7 +127,7 @@ def llava_v1(turns, tokenizer, end="<|endoftext|>"):
     """LLaVA-1.5's prompt v1 and what of it is learned, by its own rules: roles USER and ASSISTANT, ": " behind a role that speaks and ":"
     behind one that is to speak, " " after the user and the end of text after the assistant; learned is what follows "ASSISTANT: ".
     The whole text is tokenized at once -> (ids, labels of all turns), ids of the prompt that asks the last question."""
-    texts, learned, text, asks = [], [], SYSTEM + " ", ""
+    learned, text, asks = [], SYSTEM + " ", ""
     for q, a in turns:
         text += f"USER: {q} "
         asks = text + "ASSISTANT:"

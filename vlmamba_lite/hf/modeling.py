@@ -17,7 +17,8 @@ from transformers.utils import ModelOutput
 
 from ..data.conversations import Codec
 from ..files import file_finder, write_atomically
-from ..language.model import MambaConfig, last_token, next_labels, next_token_loss, select_state
+from ..language.model import MambaConfig, last_token, next_labels, next_token_loss
+from ..language.model import read_stream, select_state
 from ..model.presets import VLMambaConfig, lite_config
 from ..model.vlmamba import VLMamba
 
@@ -62,6 +63,11 @@ class VLMambaHFConfig(PretrainedConfig):
         "The width of the logits: all words, and `<image>`, which is never said."
         return max(self.language["vocab_size"], self.image_token_id + 1)
 
+    @vocab_size.setter
+    def vocab_size(self, value):
+        "Set by `resize_token_embeddings`."
+        self.language["vocab_size"] = value
+
     def get_text_config(self, decoder=None, encoder=None):
         "Itself."
         return self
@@ -89,6 +95,7 @@ class VLMambaOutput(ModelOutput):
     loss: torch.Tensor | None = None        # with labels
     logits: torch.Tensor | None = None      # (b, L or logits_to_keep, vocab_size)
     cache: StateCache | None = None         # with use_cache
+    last_hidden_state: torch.Tensor | None = None       # (b, L, d_model), what the head reads; None for a single step
 
 # %% ../../nbs/hf/modeling.ipynb #d5a92422
 class VLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -182,8 +189,8 @@ class VLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         "As of every `PreTrainedModel`: rows for more words. `<image>` keeps its number."
         table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        new = dict(vocab_size=new_num_tokens or self.language.config.vocab_size, pad_vocab_size_multiple=len(table.weight))
-        self.config.language |= new
+        words = new_num_tokens or self.language.config.vocab_size
+        self.config.language |= dict(vocab_size=words, pad_vocab_size_multiple=len(table.weight))
         self.language.config = MambaConfig(**self.config.language)
         return table
 
@@ -194,7 +201,7 @@ class VLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         "As of every module, but a frozen BatchNorm keeps its running means: an adapter's file does not hold them."
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
                 module.eval()
         return self
 
@@ -216,21 +223,22 @@ class VLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(f"pixel_values: got {got}, need {place.sum()}, one for each {IMAGE} in input_ids")
         return x.masked_scatter(place[..., None], tokens.to(x.dtype))
 
-    def forward(self, input_ids=None, pixel_values=None, attention_mask=None, inputs_embeds=None, cache=None, labels=None,
-                use_cache=None, logits_to_keep=0, num_items_in_batch=None, return_dict=True, output_attentions=None,
-                output_hidden_states=None):
+    def forward(self, input_ids=None, pixel_values=None, attention_mask=None, inputs_embeds=None, cache=None,
+                labels=None, use_cache=None, logits_to_keep=0, num_items_in_batch=None, return_dict=True,
+                output_attentions=None, output_hidden_states=None):
         """input_ids, labels, attention_mask (b, L), pixel_values (n, 3, height, width) -> `VLMambaOutput`.
 
-        cache: what was read before; of logits (b, L, vocab_size) the last `logits_to_keep` are computed, 0: all; 1: those
-        after each row's last real token. labels stand under their tokens, -100 where nothing is learned; the loss is
-        their mean, or their sum over `num_items_in_batch`. Raises ValueError for what does not fit."""
+        cache: what was read before; of logits (b, L, vocab_size) the last `logits_to_keep` are computed, 0: all; 1:
+        those after each row's last real token. labels stand under their tokens, -100 where nothing is learned; the
+        loss is their mean, or their sum over `num_items_in_batch`. Raises ValueError for what does not fit."""
         if output_attentions or output_hidden_states:
             raise ValueError("output_attentions, output_hidden_states: got true, need false: a Mamba has no attention "
                              "weights, and `vlmamba_lite.connectors.attention_maps` shows its hidden ones")
         state, length = (None, 0) if cache is None else (cache.state, cache.length)
         mask = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
-        if state is not None and mask is None and pixel_values is None and input_ids is not None and input_ids.shape[1] == 1:
-            width, (logits, state) = 1, self.language.step(input_ids[:, 0], state)
+        image, alone = self.config.image_token_id, input_ids is not None and input_ids.shape[1] == 1
+        if alone and state is not None and mask is None and pixel_values is None:
+            width, read, (logits, state) = 1, None, self.language.step(input_ids[:, 0], state)
             logits = logits[:, None]
         else:
             x = self.embed(input_ids, pixel_values) if inputs_embeds is None else inputs_embeds
@@ -242,8 +250,8 @@ class VLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 x = x[rows, last_token(mask)][:, None]
             else:
                 x = x[:, -logits_to_keep:]
-            logits = self.language.head(x)
-        logits, image = nn.functional.pad(logits, (0, self.config.vocab_size - logits.shape[-1])), self.config.image_token_id
+            logits, read = self.language.head(x), read_stream(self.language.backbone.norm_f, x)
+        logits = nn.functional.pad(logits, (0, self.config.vocab_size - logits.shape[-1]))
         logits[..., image] = torch.finfo(logits.dtype).min
         loss = None
         if labels is not None:
@@ -251,7 +259,7 @@ class VLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             loss = next_token_loss(logits, labels, mask)
             if num_items_in_batch is not None:
                 loss = loss * (next_labels(labels, mask) != -100).sum() / num_items_in_batch
-        out = VLMambaOutput(loss, logits, StateCache(state, length + width) if use_cache else None)
+        out = VLMambaOutput(loss, logits, StateCache(state, length + width) if use_cache else None, read)
         return out if return_dict else out.to_tuple()
 
     # generating
@@ -286,8 +294,8 @@ class VLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             places = (input_ids == self.config.image_token_id).sum(1)
             counts = (places * len(pixels) // places.sum()).tolist()
             pixels = torch.cat([own.repeat(expand_size, 1, 1, 1) for own in pixels.split(counts)])
-        ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-        return ids, model_kwargs | ({} if pixels is None else dict(pixel_values=pixels))
+        expanded = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        return expanded[0], expanded[1] | ({} if pixels is None else dict(pixel_values=pixels))
 
 # %% ../../nbs/hf/modeling.ipynb #6af935e7
 AutoConfig.register("vlmamba", VLMambaHFConfig, exist_ok=True)
