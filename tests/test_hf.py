@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
+import yaml
 from PIL import Image
 from torch import nn
 
@@ -22,7 +24,6 @@ from vlmamba_lite.language.model import MIXERS, MambaConfig
 from vlmamba_lite.model.presets import VLMambaConfig, tiny_config
 from vlmamba_lite.model.vlmamba import VLMamba
 
-transformers = pytest.importorskip("transformers", "5.0", reason="vlmamba_lite.hf needs transformers 5")
 pytestmark = pytest.mark.filterwarnings("ignore")
 ARGS = {"mamba": dict(d_state=4), "mamba2": dict(d_state=8, headdim=8, chunk_size=32), "mamba3": dict(d_state=8, headdim=8),
         "attention": dict(headdim=8)}
@@ -130,6 +131,19 @@ def test_folders_go_both_ways(folder, tmp_path):
     assert isinstance(config, hf.VLMambaConfig) and vars(config.parts) == vars(model.config) and config.get_text_config().hidden_size == 16
     again.save_pretrained(tmp_path / "third")
     assert json.loads((tmp_path / "third/config.json").read_text()) == json.loads((folder / "config.json").read_text())
+
+
+def test_the_example_of_a_card_runs(make_model, tmp_path, monkeypatch):
+    "Its code and its widget: the file that the example shows lies beside it."
+    make_model().save_pretrained(tmp_path, card=str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    code, names = text.split("```python\n")[2].split("```")[0], {}
+    exec(code.replace("ask(text", "answer = ask(max_new_tokens=5, text"), names)
+    message, = yaml.safe_load(text.split("---\n")[1])["widget"][0]["messages"]
+    again, = names["ask"](text=[message], return_full_text=False, max_new_tokens=5)
+    want = VLMamba.from_pretrained(tmp_path).ask(Image.open("example.png"), "what color is the shape?", 5)
+    assert names["answer"][0]["generated_text"] == again["generated_text"] and again["generated_text"].strip() == want
 
 
 def test_a_weight_that_is_missing_is_an_error(folder):

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import ModelOutput
+from transformers.utils.versions import require_version
 
 from ..data.conversations import Codec
 from ..files import file_finder, write_atomically
@@ -22,6 +23,9 @@ from ..language.model import read_stream, select_state
 from ..model.presets import VLMambaConfig, lite_config
 from ..model.vlmamba import VLMamba
 
+# %% ../../nbs/hf/modeling.ipynb #0da38e81
+require_version("transformers>=5.20.0", "Beam search loses the state before: pip install 'vlmamba_lite[hf]'")
+
 # %% ../../nbs/hf/modeling.ipynb #53fb05c8
 IMAGE = "<image>"                                        # stands for one visual token in a text
 
@@ -29,7 +33,7 @@ IMAGE = "<image>"                                        # stands for one visual
 class VLMambaHFConfig(PretrainedConfig):
     """A `VLMambaConfig` for transformers: the same four fields, and the number of the token `<image>`.
 
-    By default that number is the first after the vocabulary: the token has no row in the embedding and is never said."""
+    By default that number is the first after the vocabulary: the token has no row in the embedding, nobody says it."""
     model_type = "vlmamba"
 
     def __init__(self, vision=None, connector=None, connector_args=None, language=None, image_token_id=None, **others):

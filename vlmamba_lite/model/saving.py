@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['NEOX', 'model_card', 'save_model', 'push_model', 'read_config', 'empty_model', 'load_model', 'load_connector',
-           'check_source', 'find_tokenizer']
+           'check_source', 'find_tokenizer', 'add_words', 'learn_words']
 
 # %% ../../nbs/model/saving.ipynb #f7efb8ee
+import json
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
+from torch import nn
 
 from ..files import WEIGHTS, file_finder, load_weights, naming, read_json, save_together, tensors_in
 from ..files import unique_tensors, weight_files, weight_paths, write_atomically, write_json
@@ -29,6 +32,13 @@ pipeline_tag: image-text-to-text
 tags:
 - vl-mamba
 - {language.mixer}
+widget:
+- example_title: A picture and a question
+  messages:
+  - role: user
+    content:
+    - {{type: image, url: example.png}}
+    - {{type: text, text: "{question}"}}
 ---
 
 # A VL-Mamba
@@ -43,7 +53,17 @@ Vision encoder `{vision}`, connector `{connector}`, language model `{language.mi
 ```python
 import vlmamba_lite
 model = vlmamba_lite.VLMamba.from_pretrained("{name}")
-model.ask(picture, "what is this?")
+model.ask(picture, "{question}")
+```
+
+Or, with `pip install 'vlmamba_lite[hf]'`, in transformers:
+
+```python
+import vlmamba_lite.hf
+from transformers import pipeline
+ask = pipeline("image-text-to-text", model="{name}")
+content = [{{"type": "image", "url": "example.png"}}, {{"type": "text", "text": "{question}"}}]
+ask(text=[{{"role": "user", "content": content}}], return_full_text=False)
 ```
 
 {note} No accuracy was measured for it, and none is claimed.
@@ -54,12 +74,14 @@ def model_card(model, name="this folder"):
     "The text of a README.md for a model, `name`d as `from_pretrained` takes it."
     c = model.config
     sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
-    return _CARD.format(language=c.language, connector=c.connector, vision=c.vision.get("kind", "conv"), sizes=sizes,
-                        total=sum(sizes.values()), name=name, note=_WRITTEN_BY_US)
+    known = model.tokenizer is not None and model.tokenizer.token_to_id("shape") is not None     # a small model's word
+    question = "what color is the shape?" if known else "what is this?"
+    return _CARD.format(question=question, language=c.language, connector=c.connector, sizes=sizes, note=_WRITTEN_BY_US,
+                        vision=c.vision.get("kind", "conv"), total=sum(sizes.values()), name=name)
 
 
 def save_model(model, folder, card=None, max_shard_size="5GB"):
-    "Writes weights, config.json and tokenizer.json, all or none, and with the name `card` a README.md."
+    "Writes weights, config.json, tokenizer.json, all or none; with the name `card` a README.md and its example.png."
     config = {"model_type": "vlmamba", **asdict(model.config)}
     tensors, left_out = unique_tensors(model)
     if model.tokenizer is None:
@@ -70,6 +92,9 @@ def save_model(model, folder, card=None, max_shard_size="5GB"):
     path = Path(folder) / "README.md"
     if card is not None and (not path.exists() or _WRITTEN_BY_US in path.read_text(encoding="utf-8")):
         write_atomically(path, lambda part: part.write_text(model_card(model, card), encoding="utf-8"))
+        picture = Image.new("RGB", (64, 64), "white")                    # what the card's example asks about
+        ImageDraw.Draw(picture).ellipse((12, 12, 52, 52), "teal")
+        write_atomically(path.with_name("example.png"), lambda part: picture.save(part, "png"))
 
 
 def push_model(model, repo_id, private=None, token=None, message="Upload a VL-Mamba"):
@@ -172,3 +197,31 @@ def find_tokenizer(source, language=None):
             path = file_finder(NEOX)("tokenizer.json")
     with naming(path):
         return Tokenizer.from_file(str(path))
+
+# %% ../../nbs/model/saving.ipynb #5671c15b
+def add_words(tokenizer, texts):
+    "A word-level `Tokenizer` that knows the words of `texts`, too, and those words; one of another kind as it is."
+    fields = json.loads(tokenizer.to_str())
+    if fields["model"]["type"] != "WordLevel":
+        return tokenizer, []
+    plain, split = tokenizer.normalizer.normalize_str, tokenizer.pre_tokenizer.pre_tokenize_str
+    words = {word for text in set(texts) for word, _ in split(plain(text))}
+    new = sorted(words - tokenizer.get_vocab().keys())
+    fields["model"]["vocab"] |= {word: i for i, word in enumerate(new, tokenizer.get_vocab_size())}
+    return Tokenizer.from_str(json.dumps(fields)), new
+
+
+@torch.no_grad()
+def learn_words(model, texts):
+    "Gives a model the words of `texts` that its tokenizer lacks, with random vectors; returns them."
+    model.tokenizer, new = add_words(model.tokenizer, texts)
+    if new:
+        old, language = model.config.language, model.language
+        config = model.config.language = language.config = replace(old, vocab_size=model.tokenizer.get_vocab_size())
+        for table in {language.backbone.embedding, language.lm_head}:
+            rows = torch.empty(config.padded_vocab_size, config.d_model).normal_(std=config.embedding_std)
+            rows[:old.vocab_size] = table.weight[:old.vocab_size].float()
+            table.weight = nn.Parameter(rows.to(table.weight))
+        if config.tie_embeddings:
+            language.lm_head.weight = language.backbone.embedding.weight
+    return new
