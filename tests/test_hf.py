@@ -18,10 +18,11 @@ from vlmamba_lite.data.conversations import Conversation, encode_conversation
 from vlmamba_lite.data.easy_vqa import build_set, load_easy_vqa
 from vlmamba_lite.data.pictures import normalize
 from vlmamba_lite.evaluation.answers import answer_all
-from vlmamba_lite.hf.modeling import StateCache
+from vlmamba_lite.hf.modeling import CACHE, StateCache
 from vlmamba_lite.hf.processing import IMAGE
 from vlmamba_lite.language.model import MIXERS, MambaConfig
 from vlmamba_lite.model.presets import VLMambaConfig, tiny_config
+from vlmamba_lite.model.saving import learn_words
 from vlmamba_lite.model.vlmamba import VLMamba
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -247,8 +248,9 @@ def test_generation_in_all_its_forms(small):
     new = ours.generate(**one, max_new_tokens=4, do_sample=False, streamer=streamer)
     assert "".join(streamer).split() == processor.tokenizer.decode(new[0, one["input_ids"].shape[1]:]).split()
     first = ours.generate(**one, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-    assert isinstance(first.cache, StateCache)
-    more = ours.generate(first.sequences, cache=first.cache, max_new_tokens=3, do_sample=False)
+    kept = getattr(first, "cache", None) or ours(**one, use_cache=True).cache        # transformers 5.24 gives it back under this name
+    assert isinstance(kept, StateCache)
+    more = ours.generate(first.sequences, **{CACHE: kept}, max_new_tokens=3, do_sample=False)
     assert torch.equal(more, ours.generate(**one, max_new_tokens=6, do_sample=False)[:, :more.shape[1]])
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         ours.generate(**one, max_new_tokens=3, assistant_model=ours)
@@ -350,6 +352,39 @@ def test_only_the_last_question_is_asked_of_a_model_that_reads_one_at_a_time(sma
 
 
 # Training
+
+def command(*words):
+    "`vlmamba ...` in this process."
+    from typer.testing import CliRunner
+
+    from vlmamba_lite.cli.commands import app
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_the_command_line_goes_on_with_a_model_and_learns_words(folder, tmp_path):
+    "New words come behind the old ones, whose vectors stay; a dry run knows the model; other parts beside it are refused."
+    turns = [{"from": "human", "value": "<image>\nwhat is this?"}, {"from": "gpt", "value": "an okapi"}]
+    for i in range(4):
+        picture(i).save(tmp_path / f"{i}.png")
+    (tmp_path / "own.json").write_text(json.dumps([{"id": str(i), "image": f"{i}.png", "conversations": turns} for i in range(4)]))
+    given = ("train", "--weights", folder, "--data", tmp_path / "own.json", "--pictures", tmp_path)
+    done = command(*given, "--steps", 2, "--set", "training.batch_size=2", "--output", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    old, new = VLMamba.from_pretrained(folder), VLMamba.from_pretrained(tmp_path / "run")
+    words = old.tokenizer.get_vocab_size()
+    added = {word: i for word, i in new.tokenizer.get_vocab().items() if i >= words}
+    assert sorted(added) == ["an", "okapi", "this"] and new.config.language.vocab_size == words + 3 and sorted(added.values()) == [words, words + 1, words + 2]
+    assert {word: i for word, i in new.tokenizer.get_vocab().items() if i < words} == old.tokenizer.get_vocab()
+    fresh = VLMamba.from_pretrained(folder)
+    assert learn_words(fresh, ["An okapi: what is this?"]) == ["an", "okapi", "this"] and fresh.language.lm_head.weight is fresh.language.backbone.embedding.weight
+    assert torch.equal(fresh.language.lm_head.weight[:words], old.language.lm_head.weight) and learn_words(fresh, ["an okapi"]) == []
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.allclose(fresh.language(ids).logits[..., :words], old.language(ids).logits, atol=1e-6)
+    dry = command(*given, "--dry-run")
+    assert dry.exit_code == 0 and f"weights: {folder}" in dry.output.replace("\n", "").replace("  ", " ")
+    refused = command(*given, "--connector", "mlp", "--output", tmp_path / "other")
+    assert refused.exit_code == 1 and "weights: got a model in" in refused.stderr and "and connector, need one of the two" in refused.stderr.replace("\n", " ")
+
 
 def rows_of(small, count=12):
     "Rows for Trainer and TRL: a picture, and messages about it."
