@@ -35,7 +35,7 @@ setup(
     package_data={**{package: ["*.parquet", "README.md"] for package in DATA}, LIB: ["*.json"], f"{LIB}.ops": ["*.cpp"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=words("requirements"),
-    extras_require={extra: words(f"{extra}_requirements") for extra in ("dev", "demo", "export", "llama", "lmms", "cuda")},
+    extras_require={extra: words(f"{extra}_requirements") for extra in ("dev", "demo", "export", "hf", "llama", "lmms", "cuda")},
     entry_points={"console_scripts": words("console_scripts"), "nbdev": [f"{LIB}={LIB}._modidx:d"],
                   "lmms_eval.models": [f"vlmamba={LIB}.evaluation.lmms:manifest"]},
     zip_safe=False,

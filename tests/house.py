@@ -12,7 +12,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIBRARY, PACKAGE = ROOT / "nbs", ROOT / "vlmamba_lite", "vlmamba_lite"
 # Imports run downhill: a room imports from itself and from those before it. exercises, one_page and files are single modules.
-ROOMS = ("exercises", "one_page", "files", "ops", "layers", "language", "vision", "connectors", "data", "model", "training", "evaluation", "cli")
+ROOMS = ("exercises", "one_page", "files", "ops", "layers", "language", "vision", "connectors", "data", "model", "training", "evaluation", "hf", "cli")
 
 
 # Pages

@@ -19,7 +19,7 @@ import nbformat
 from house import NBS, ROOT
 
 TITLES = dict(ops="Scans", layers="Blocks", language="Language model", vision="Vision encoders", connectors="Connectors", data="Data",
-              model="The whole model", training="Training", evaluation="Evaluation", cli="Command line")
+              model="The whole model", training="Training", evaluation="Evaluation", hf="In transformers", cli="Command line")
 
 
 def refresh(path):

@@ -3,6 +3,7 @@ import random
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,7 +56,7 @@ def written(template, turns):
         if template == "zephyr":
             parts += [("\n" * (i > 0) + f"<|user|>\n{q}{end}\n<|assistant|>\n", False), (a + end, True)]
         elif template == "llava":
-            parts += [(SYSTEM * (i == 0) + f" USER: {q} ASSISTANT:", False), (f" {a}{end}", True)]
+            parts += [(f"{SYSTEM} " * (i == 0) + f"USER: {q} ASSISTANT:", False), (f" {a}{end}", True)]
         elif template == "plain":
             parts += [("\n", False), (f"{a}\n", True)]
         else:
@@ -122,8 +123,46 @@ def test_any_unicode_or_a_named_error(neox, turns, template):
         assert error.value.sample == "seven" and error.value.kind in ("empty", "text")
 
 
+def llava_v1(turns, tokenizer, end="<|endoftext|>"):
+    """LLaVA-1.5's prompt v1 and what of it is learned, by its own rules: roles USER and ASSISTANT, ": " behind a role that speaks and ":"
+    behind one that is to speak, " " after the user and the end of text after the assistant; learned is what follows "ASSISTANT: ".
+    The whole text is tokenized at once -> (ids, labels of all turns), ids of the prompt that asks the last question."""
+    learned, text, asks = [], SYSTEM + " ", ""
+    for q, a in turns:
+        text += f"USER: {q} "
+        asks = text + "ASSISTANT:"
+        text += f"ASSISTANT: {a}{end}"
+        learned.append((len(asks), len(text)))
+    new = tokenizer.encode(text, add_special_tokens=False)
+    labels = [i if any(a <= start and stop <= b for a, b in learned) else -100 for i, (start, stop) in zip(new.ids, new.offsets)]
+    return new.ids, labels, tokenizer.encode(asks, add_special_tokens=False).ids
+
+
+def random_turns(rng, most=4):
+    "Turns of random words, marks and line breaks, no control token among them."
+    words = [word for word in WORDS if word.strip() and word not in ("<|endoftext|>", "\x00", "\u200b")]
+
+    def text():
+        return "".join(f"{rng.choice(words)}{rng.choice([' ', ' ', ' ', '  ', chr(10), ', '])}" for _ in range(rng.integers(1, 9))).strip()
+    return [(text(), text()) for _ in range(rng.integers(1, most, endpoint=True))]
+
+
+def test_llava_is_llava_15s_v1_turn_by_turn(raw):
+    "200 conversations, of which 150 or so have several turns: ids, labels and the prompt at use are those of the rules."
+    rng, codec, several = np.random.default_rng(0), Codec(raw), 0
+    for _ in range(200):
+        turns = random_turns(rng)
+        row, = encode_conversation(Conversation("1", [PICTURE], turns), raw, "llava")
+        ids, labels, asks = llava_v1(turns, raw)
+        assert (row.input_ids, row.labels) == (ids, labels)
+        before = join_turns(codec, TEMPLATES["llava"], turns[:-1], "before")[0]
+        assert before + ask_ids(codec, TEMPLATES["llava"], turns[-1][0], "now", first=len(turns) == 1) == asks
+        several += len(turns) > 1
+    assert several > 100
+
+
 READ_BACK = {"zephyr": r"<\|user\|>\n(.*?)<\|endoftext\|>\n<\|assistant\|>\n(.*?)<\|endoftext\|>",
-             "llava": r" USER: (.*?) ASSISTANT: (.*?)<\|endoftext\|>", "lite": r"(.*?\?)(.*?)<\|endoftext\|>", "plain": r"()\n(.*?)\n"}
+             "llava": r"USER: (.*?) ASSISTANT: (.*?)<\|endoftext\|>", "lite": r"(.*?\?)(.*?)<\|endoftext\|>", "plain": r"()\n(.*?)\n"}
 
 
 @settings(**FEW)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from safetensors import safe_open
@@ -1005,11 +1006,13 @@ def test_a_card(make_model, tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path / "plain")
     model.save_pretrained(tmp_path, card="somebody/tiny")
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["README.md", *FILES]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == sorted(["README.md", "example.png", *FILES])
     text = (tmp_path / "README.md").read_text()
     assert all((tmp_path / name).read_bytes() == (tmp_path / "plain" / name).read_bytes() for name in FILES)
     metadata, body = text.removeprefix("---\n").split("---\n", 1)
-    assert metadata.splitlines() == ["library_name: vlmamba_lite", "pipeline_tag: image-text-to-text", "tags:", "- vl-mamba", "- mamba2"]
+    example = [{"type": "image", "url": "example.png"}, {"type": "text", "text": "what color is the shape?"}]
+    assert yaml.safe_load(metadata) == {"library_name": "vlmamba_lite", "pipeline_tag": "image-text-to-text", "tags": ["vl-mamba", "mamba2"],
+                                        "widget": [{"example_title": "A picture and a question", "messages": [{"role": "user", "content": example}]}]}
     total = sum(p.numel() for p in model.parameters())
     assert f"{total:,}" in body and 'from_pretrained("somebody/tiny")' in body and "`vss_l2`" in body
     assert "\nimport vlmamba_lite\n" in body                             # nbdev rewrites imports, also those in a text
@@ -1073,7 +1076,7 @@ def test_to_the_hub_and_back(make_model, hub, tmp_path):
     model = make_model().eval()
     assert model.push_to_hub("tiny", private=True, token="secret", message="First") == "https://hub/me/tiny/commit/1"
     assert hub.calls == [("api", "secret"), ("create", "tiny", True, True), ("upload", "me/tiny", "First")]
-    assert sorted(p.name for p in (hub.folder / "me" / "tiny").iterdir()) == ["README.md", *FILES]
+    assert sorted(p.name for p in (hub.folder / "me" / "tiny").iterdir()) == sorted(["README.md", "example.png", *FILES])
     card = (hub.folder / "me" / "tiny" / "README.md").read_text()
     assert 'from_pretrained("me/tiny")' in card and "secret" not in card
     again = VLMamba.from_pretrained("me/tiny")

@@ -95,9 +95,10 @@ def test_every_module_has_its_notebook():
 
 
 def test_packages_hold_no_code():
-    "But the library's own, which loads public names, and what `python -m vlmamba_lite.cli` runs."
+    """But the library's own, which loads public names, that of `hf`, which registers its classes when it is imported, and
+    what `python -m vlmamba_lite.cli` runs."""
     for name, path in house.files().items():
-        if name and path.name == "__init__.py":
+        if name and name != "hf" and path.name == "__init__.py":
             assert not [node for node in house.tree_of(name).body if not isinstance(node, ast.Expr)], path
 
 

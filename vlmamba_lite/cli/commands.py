@@ -239,8 +239,8 @@ def train_command(
         connector: _model(Name, "another connector: {connectors}") = None,
         scan: _model(Name, "another scan of the connector: {scans}") = None,
         language: _model(Name, "another language model: {languages}") = None,
-        weights: _model(Names, "random, published, or folders: --weights vision=DIR --weights language=DIR, perhaps "
-                               "connector=DIR  \\[default: random]", "SOURCE") = None,
+        weights: _model(Names, "random, published, the folder of a trained model, or folders: --weights vision=DIR "
+                               "--weights language=DIR, perhaps connector=DIR  \\[default: random]", "SOURCE") = None,
         tokenizer: _model(Name, "a tokenizer.json, a folder or a Hub name  \\[default: the language model's; bytes for "
                                 "lite and tiny]", "PATH") = None,
         data: _data(Names, "conversations: LLaVA's .json or .jsonl, .parquet, a folder of save_to_disk; for one stage "

@@ -68,7 +68,7 @@ class Settings(Form):
     "All settings of a run of `vlmamba train`."
     preset: str = "lite"
     model: Parts = Parts()
-    weights: str | dict[str, str] = "random"            # random, published, or a folder for each part
+    weights: str | dict[str, str] = "random"            # random, published, a model's folder, or one for each part
     tokenizer: str | None = None
     data: str | list[str] | dict[str, str | list[str]] | None = None     # conversations; None: easy-VQA
     pictures: str | None = None                         # their folder
@@ -87,6 +87,10 @@ class Settings(Form):
     def changed_parts(self):
         "The exchanged parts of the model, as keyword arguments."
         return self.model.model_dump(exclude_none=True)
+
+    def on_saved_model(self):
+        "Whether training goes on with a whole model, in the folder `weights`."
+        return isinstance(self.weights, str) and Path(self.weights).is_dir()
 
     def on_easy_vqa(self):
         "Whether this is the run of a small preset on the embedded data."
@@ -254,6 +258,9 @@ def resolve_settings(*layers):
     _check_model(settings)
     if settings.weights == "published":
         published_sources(settings.preset)
+    elif settings.on_saved_model():
+        if given := [*settings.changed_parts(), *["tokenizer"] * (settings.tokenizer is not None)]:
+            raise ValueError(f"weights: got a model in {settings.weights} and {', '.join(given)}, need one of the two")
     elif settings.weights != "random":
         check_weights(settings.weights)
     papers = "ml-mamba" if settings.preset.startswith("ml-mamba") else "llava-1.5"

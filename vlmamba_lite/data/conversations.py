@@ -135,7 +135,7 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 TEMPLATES = {
     "plain": Template(begin="\n", end="\n", asks=False),
-    "llava": Template(begin=SYSTEM, user=" USER:", assistant=" ASSISTANT:", space=" "),
+    "llava": Template(begin=f"{SYSTEM} ", user="USER:", assistant=" ASSISTANT:", space=" "),
     "zephyr": Template(user="<|user|>\n", assistant="{eos}\n<|assistant|>\n", between="\n"),
     "lite": Template(alone=True)}
 
@@ -206,10 +206,10 @@ def byte_tokenizer(texts=(), vocab_size=257):
 # %% ../../nbs/data/14_conversations.ipynb #f9724b60
 def ask_ids(codec, template, question, sample, first=True):
     "Ids of everything given before an answer: the template's text and the user's words."
-    ids = codec.literal(template.begin if first else template.between)
-    if template.asks:
-        ids = ids + codec.literal(template.user) + codec.words(template.space + question, sample)
-    return ids + codec.literal(template.assistant)
+    before, words = template.begin if first else template.between, []
+    if template.asks:                                                  # tied: a space belongs to the word after it
+        before, words = before + template.user, codec.words(template.space + question, sample)
+    return codec.literal(before) + words + codec.literal(template.assistant)
 
 
 def join_turns(codec, template, turns, sample):
