@@ -5,7 +5,8 @@ import sys
 
 import check_site
 import pytest
-from check_site import Finding, check_in_browser, check_links, check_weights, leads_to, read_pages
+from check_site import check_in_browser, check_links, check_weights, leads_to, read_pages
+from search_names import with_names
 
 ADDRESS = "https://someone.github.io/vlmamba_lite"
 HEAD = '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>A page</title><link rel="stylesheet" href="{up}styles.css"></head>'
@@ -92,6 +93,22 @@ def test_axe_names_what_is_serious(broken):
 def test_the_command(broken):
     run = subprocess.run([sys.executable, check_site.__file__, str(broken), "--only", "broken.html"], capture_output=True, text=True, timeout=120)
     assert run.returncode == 1 and "links: 2\n    broken.html: nowhere.html" in run.stdout and "4 pages" in run.stdout, run.stdout + run.stderr
-    assert Finding("links", "broken.html", "x").kind == "links"
+    told = [sys.executable, check_site.__file__, str(broken), "--only", "index.html", "--tell", "links", "anchors", "weight"]
+    assert subprocess.run(told, capture_output=True, timeout=120).returncode == 0
     empty = subprocess.run([sys.executable, check_site.__file__, str(broken / "ops" / "none")], capture_output=True, text=True, timeout=60)
     assert empty.returncode and "need one with HTML files" in empty.stderr
+
+
+def test_names_are_added_to_the_search(tmp_path):
+    page = """<h1 class="title">Scans</h1><section id="a"><h2 data-anchor-id="a">A</h2><p><em>not this</em></p></section>
+<section id="selective_scan"><h3 class="anchored" data-anchor-id="selective_scan">selective_scan</h3><blockquote><pre>def selective_scan(u)</pre></blockquote>
+<p><em>A scan: <code>u</code> of shape (b, D, L).</em></p><p>more</p></section><section id="x"><h3 data-anchor-id="x">x</h3></section>"""
+    (tmp_path / "ops").mkdir()
+    (tmp_path / "ops" / "scan.html").write_text(page, encoding="utf-8")
+    entries = [{"objectID": "ops/scan.html#a", "href": "ops/scan.html#a", "title": "Scans", "section": "A", "text": "...", "crumbs": ["Course"]},
+               {"objectID": "gone.html", "href": "gone.html", "title": "-", "section": "", "text": ""}]
+    more = with_names(tmp_path, entries)
+    assert [one["href"] for one in more] == ["ops/scan.html#a", "gone.html", "ops/scan.html#selective_scan", "ops/scan.html#x"]
+    assert more[2] == {"objectID": "ops/scan.html#selective_scan", "href": "ops/scan.html#selective_scan", "title": "selective_scan", "section": "Scans",
+                       "text": "A scan: u of shape (b, D, L).", "crumbs": ["Course"]}
+    assert with_names(tmp_path, more) == more

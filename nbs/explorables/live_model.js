@@ -195,7 +195,7 @@ globalThis.vlmamba = (() => {
       if (most === model.eos || n === longest - 1) break;
       feed(most);
     }
-    return {ids, unknown, words, logits: first, answer: words.filter(w => w.id !== model.eos).map(w => w.word).join(" "), state,
+    return {ids, unknown, words, logits: first, answer: words.filter(w => !model.special.has(w.id)).map(w => w.word).join(" "), state,
       tokens: trace[0].length, multiplications: work.multiplications - before, milliseconds: performance.now() - start};
   }
   function embedding(model, id) {
@@ -208,8 +208,7 @@ globalThis.vlmamba = (() => {
     let text = question.normalize("NFKC").toLowerCase();
     for (const [pattern, put] of model.rules) text = text.replace(pattern, put);
     const pieces = text.match(/[\p{L}\p{M}\p{N}\p{Pc}]+|[^\p{L}\p{M}\p{N}\p{Pc}\s]+/gu) || [];
-    const special = new Set(["<pad>", "<eos>", "<unk>"]);
-    const unknown = pieces.filter(piece => !model.ids.has(piece) || special.has(piece));
+    const unknown = pieces.filter(piece => !model.ids.has(piece) || model.special.has(model.ids.get(piece)));
     return {ids: pieces.map(piece => model.ids.get(piece) ?? model.ids.get("<unk>")), unknown: [...new Set(unknown)]};
   }
 
@@ -237,7 +236,7 @@ globalThis.vlmamba = (() => {
     }
     const words = [];
     for (const [word, id] of Object.entries(file.vocab)) words[id] = word;
-    return {config, layers, tensors, words, ids: new Map(Object.entries(file.vocab)), eos: file.vocab["<eos>"], parameters: file.parameters, rules: file.rules.map(([pattern, flags, put]) => [new RegExp(pattern, flags), put]), source: file.source};
+    return {config, layers, tensors, words, ids: new Map(Object.entries(file.vocab)), special: new Set(["<pad>", "<eos>", "<unk>"].map(word => file.vocab[word])), eos: file.vocab["<eos>"], parameters: file.parameters, rules: file.rules.map(([pattern, flags, put]) => [new RegExp(pattern, flags), put]), source: file.source};
   }
   return {load, read, ask, tokenize, stateBytes};
 })();
