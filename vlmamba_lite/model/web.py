@@ -65,7 +65,7 @@ def unpack_tensors(entries, data):
 
 # %% ../../nbs/model/web.ipynb #77b47564
 _LETTER = r"\p{L}\p{M}\p{N}\p{Pc}"                       # what \w is in Oniguruma
-_WRITTEN = {r"\A": "^", r"\z": "$", "(?m:.*)": r"[^]*", r"(?!\w)": f"(?![{_LETTER}])",
+_WRITTEN = {r"\A": "^", r"\z": "$", "(?m:.*)": "[^]*", r"(?!\w)": f"(?![{_LETTER}])",
             r"\b": f"(?:(?<=[{_LETTER}])(?![{_LETTER}])|(?<![{_LETTER}])(?=[{_LETTER}]))"}
 
 
@@ -117,7 +117,8 @@ def web_text(model, source):
               "tensors": entries,
               "data": b64encode(data).decode()}
     said = ", ".join(f"{name} {value}" for name, value in source.items())
-    return f"// Weights of a VL-Mamba, by `vlmamba export web`: {said}\nglobalThis.vlmambaWeights = {json.dumps(fields)};\n"
+    first = f"// Weights of a VL-Mamba, by `vlmamba export web`: {said}"
+    return f"{first}\nglobalThis.vlmambaWeights = {json.dumps(fields)};\n"
 
 # %% ../../nbs/model/web.ipynb #d8595294
 def export_web(model, output):
