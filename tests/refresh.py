@@ -9,6 +9,7 @@ The chapter that trains its model, which takes minutes, runs only where it is na
 """
 import argparse
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -117,18 +118,25 @@ def sidebar():
     def room_of(page):
         return page.rpartition("/")[0]
 
+    def entry(page):
+        "A page; a chapter with its number before its title, as the text names it."
+        if house.number(page) is None:
+            return f"- {page}.ipynb"
+        title = house.read(page).cells[0].source.splitlines()[0].removeprefix("# ")
+        return f"- {{text: {json.dumps(f'{house.number(page):02} {title}', ensure_ascii=False)}, href: {page}.ipynb}}"
+
     def grouped(pages):
         lines, room = [], None
         for page in pages:
             if room_of(page) and room_of(page) != room:
                 lines += [f"          - section: {TITLES[room_of(page)]}", "            contents:"]
             room = room_of(page)
-            lines.append(f"{' ' * (14 if room else 10)}- {page}.ipynb")
+            lines.append(f"{' ' * (14 if room else 10)}{entry(page)}")
         return lines
     workshop = [page for page in house.pages() if house.module_of(page) and house.number(page) is None]
     workshop.sort(key=lambda page: (house.floor(house.module_of(page)), page))
     return "\n".join([
-        "# Written by tests/refresh.py from the files below nbs.", "website:", "  sidebar:", "    contents:", "      - index.ipynb",
+        "# Written by tests/refresh.py from the files below nbs.", "website:", "  sidebar:", "    contents:", "      - index.ipynb", "      - live.ipynb",
         "      - section: Course", "        contents:", *grouped(house.chapters()),
         "      - section: Workshop", "        contents:", *grouped(workshop),
         "      - section: Reference", "        contents:", "          - glossary.ipynb", "          - solutions.ipynb",

@@ -208,13 +208,16 @@ def test_quarto_reads_what_jupyter_reads(page, name):
 
 
 def contents(entries):
-    return [name for e in entries for name in ([e] if isinstance(e, str) else contents(e["contents"]))]
+    return [name for e in entries for name in ([e] if isinstance(e, str) else [e["href"]] if "href" in e else contents(e["contents"]))]
 
 
 def test_sidebar_lists_every_page_once():
     "The course in reading order, then what needs not be read: the workshop, room by room."
     sidebar = yaml.safe_load((NBS / "sidebar.yml").read_text())["website"]["sidebar"]["contents"]
     parts = {e["section"]: contents(e["contents"]) for e in sidebar if isinstance(e, dict)}
+    course = next(e for e in sidebar if isinstance(e, dict) and e["section"] == "Course")["contents"]
+    named = [e for part in course for e in ([part] if "href" in part else part["contents"])]
+    assert [e["text"][:2] for e in named] == [re.search(r"(\d\d)_[^/]*$", e["href"])[1] for e in named]       # as the text names chapters
     assert sorted(contents(sidebar)) == sorted(f"{name}.ipynb" for name in PAGES)
     assert parts["Course"] == [f"{name}.ipynb" for name in CHAPTERS]
     rooms = [house.floor(module_of(name.removesuffix(".ipynb"))) for name in parts["Workshop"]]
@@ -227,10 +230,10 @@ def test_configuration():
     html, website = config["format"]["html"], config["website"]
     assert set(html["theme"]) == {"light", "dark"} and website["search"] and html["code-tools"]["toggle"]
     assert website["repo-subdir"] == "nbs" and "source" in website["repo-actions"]
-    for name in (html["css"], html["include-in-header"], html["include-after-body"],
+    for name in (html["css"], html["include-after-body"],
                  *(entry["href"] for entry in website["navbar"]["left"])):
         assert (NBS / name).is_file(), name
-    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", (NBS / "colab.html").read_text() + (NBS / "equations.html").read_text())
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", (NBS / "colab.html").read_text())
 
 
 def test_glossary_names_exist():
