@@ -63,7 +63,8 @@ def original_config(fields):
         args = {kind: args[kind] for kind in set(name)}
     return dict(
         d_model=fields["d_model"], n_layer=fields["n_layer"], mixer=name, mixer_args=args,
-        d_intermediate=fields.get("d_intermediate") or 0, vocab_size=fields["vocab_size"], pad_vocab_size_multiple=fields.get("pad_vocab_size_multiple", 8),
+        d_intermediate=fields.get("d_intermediate") or 0,
+        vocab_size=fields["vocab_size"], pad_vocab_size_multiple=fields.get("pad_vocab_size_multiple", 8),
         tie_embeddings=fields.get("tie_embeddings", True), residual_in_fp32=fields.get("residual_in_fp32", True))
 
 # %% ../../nbs/language/checkpoints.ipynb #c7c280f8

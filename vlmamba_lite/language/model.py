@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIXERS', 'LARGEST', 'KINDS', 'LOGITS_AT_ONCE', 'check_arguments', 'MambaConfig', 'read_stream', 'SwiGLU', 'Block',
            'Backbone', 'check_range', 'next_labels', 'next_token_loss', 'LMOutput', 'MambaLM', 'check_inputs',
-           'last_token', 'select_state', 'clone_state', 'save_state', 'load_state']
+           'last_token', 'select_state', 'mix_states', 'clone_state', 'save_state', 'load_state']
 
 # %% ../../nbs/language/08_model.ipynb #0de8ee9a
 import math
@@ -246,7 +246,7 @@ class LMOutput(NamedTuple):
 
 # %% ../../nbs/language/08_model.ipynb #fddf672a
 class MambaLM(nn.Module):
-    "A language model of layers of `MIXERS`, `MambaLM(MambaConfig(...))`, of one kind or mixed. Official parameter names."
+    "A language model of layers of one kind or several, `MambaLM(MambaConfig(...))`. Official parameter names."
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -404,6 +404,16 @@ def last_token(mask):
 def select_state(state, rows):
     "The states of these rows of a batch, in this order; a row may be asked for twice. Differentiable."
     return [type(s)(*(part[rows] for part in s)) for s in state]
+
+
+def mix_states(rows, new, old):
+    "`new` in the rows (b,) that are True, else `old`. Where attention has read unequally many tokens, pads fill up."
+    def mixed(a, b):
+        if a.shape[1] != b.shape[1]:
+            length = max(a.shape[1], b.shape[1])
+            a, b = (F.pad(i, (0, 0) * (i.ndim - 2) + (0, length - i.shape[1])) for i in (a, b))
+        return torch.where(rows.view(-1, *[1] * (a.ndim - 1)), a, b)
+    return [type(s)(*map(mixed, s, other)) for s, other in zip(new, old, strict=True)]
 
 
 def clone_state(state):

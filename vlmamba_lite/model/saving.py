@@ -28,12 +28,12 @@ library_name: vlmamba_lite
 pipeline_tag: image-text-to-text
 tags:
 - vl-mamba
-- {language.mixer}
+- {mixer}
 ---
 
 # A VL-Mamba
 
-Vision encoder `{vision}`, connector `{connector}`, language model `{language.mixer}` of
+Vision encoder `{vision}`, connector `{connector}`, language model `{mixer}` of
 {language.n_layer} layers and width {language.d_model}.
 
 | | vision | connector | language | total |
@@ -54,8 +54,9 @@ def model_card(model, name="this folder"):
     "The text of a README.md for a model, `name`d as `from_pretrained` takes it."
     c = model.config
     sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
-    return _CARD.format(language=c.language, connector=c.connector, vision=c.vision.get("kind", "conv"), sizes=sizes,
-                        total=sum(sizes.values()), name=name, note=_WRITTEN_BY_US)
+    mixer = "-".join(dict.fromkeys(c.language.mixers))
+    return _CARD.format(language=c.language, mixer=mixer, connector=c.connector, vision=c.vision.get("kind", "conv"),
+                        sizes=sizes, total=sum(sizes.values()), name=name, note=_WRITTEN_BY_US)
 
 
 def save_model(model, folder, card=None, max_shard_size="5GB"):
