@@ -1,10 +1,13 @@
 """Can one layer follow a running sum modulo m? Trains Mamba-2 and Mamba-3 with five seeds and writes data/results/state_tracking.json.
 
-    python tests/state_tracking.py [--tasks 2] [--seeds 0 1 2 3 4] [--steps 4000]
+    python tests/state_tracking.py [--tasks 2 5] [--seeds 0 1 2 3 4] [--steps 3000]
 
-Training sequences grow to 40 numbers in the first half; tested are the answers at every place from 1 to 40 and from 41 to 64.
+Training sequences begin with two numbers and grow by one after each batch that the model has nearly right, up to 40; tested are the answers at
+every place from 1 to 40 and from 41 to 64. The recipe was chosen on seeds from 100: where lengths grew by the clock, sums modulo 5 were never learned,
+and a larger weight decay left angles of parity a little off, in four pairs that made up for each other up to length 40 and not to 64.
 """
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -18,8 +21,10 @@ from vlmamba_lite.training.results import write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, TRAINED, TESTED = 32, 40, 64
-# a step of one half turns by up to a quarter of a circle: the first values of the language models, below 0.1, take longer to get there
-STEPS = dict(dt_min=0.01, dt_max=0.5)
+# half a circle takes a step of one: the first values of the language models, below 0.1, take longer to get there
+STEPS = dict(dt_min=0.01, dt_max=1.)
+# smoothed labels ask every place for the same margin, so that the angle of a step becomes exact, and longer sums come out right
+SMOOTHING, NEARLY = 0.1, 0.2             # NEARLY: how far above the least possible loss a batch may be for lengths to grow
 MIXERS = {"mamba2": lambda: Mamba2(WIDTH, 16, headdim=16, **STEPS), "mamba3": lambda: Mamba3(WIDTH, 16, headdim=16, **STEPS)}
 
 
@@ -45,12 +50,14 @@ def follow(mixer, m, seed, steps):
     "Trains one model; its accuracies and what it took."
     torch.manual_seed(seed)
     generator, model, began = torch.Generator().manual_seed(seed), Follower(mixer, m), time.process_time()
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps, pct_start=0.1)
-    for step in range(steps):
-        numbers, sums = running_sums(m, 64, min(TRAINED, 2 + 2 * (TRAINED - 2) * step // steps), generator)
-        # smoothed labels ask every place for the same margin, so that the angle of a step becomes exact, and longer sums come out right
-        loss = F.cross_entropy(model(numbers).flatten(0, 1), sums.flatten(), label_smoothing=0.1)
+    wrong, length = SMOOTHING / m, 2
+    least = -(m - 1) * wrong * math.log(wrong) - (1 - (m - 1) * wrong) * math.log(1 - (m - 1) * wrong)
+    for _ in range(steps):
+        numbers, sums = running_sums(m, 32, length, generator)
+        loss = F.cross_entropy(model(numbers).flatten(0, 1), sums.flatten(), label_smoothing=SMOOTHING)
+        length = min(TRAINED, length + (loss.item() < least + NEARLY))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
@@ -60,17 +67,17 @@ def follow(mixer, m, seed, steps):
     numbers, sums = running_sums(m, 2000, TESTED, torch.Generator().manual_seed(1000 + seed))
     with torch.no_grad():
         right = (model(numbers).argmax(-1) == sums).float().mean(0)
-    result = dict(task=f"sum modulo {m}", mixer=mixer, seed=seed, steps=steps, parameters=sum(p.numel() for p in model.parameters()), loss=loss.item(),
-                  trained_lengths=right[:TRAINED].mean().item(), longer=right[TRAINED:].mean().item(), at_64=right[-1].item(), cpu_seconds=seconds)
+    result = dict(task=f"sum modulo {m}", mixer=mixer, seed=seed, steps=steps, length=length, loss=loss.item(),
+                  parameters=sum(p.numel() for p in model.parameters()), trained_lengths=right[:TRAINED].mean().item(), longer=right[TRAINED:].mean().item(), at_64=right[-1].item(), cpu_seconds=seconds)
     print(*(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()), sep=", ", flush=True)
     return result
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tasks", type=int, nargs="+", default=[2])
+    parser.add_argument("--tasks", type=int, nargs="+", default=[2, 5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--mixers", nargs="+", default=["mamba2", "mamba3"])
     parser.add_argument("--output", type=Path, default=ROOT / "data" / "results" / "state_tracking.json")
     given = parser.parse_args()

@@ -151,8 +151,8 @@ VSS_MIXERS = {"mamba": Mamba, "mamba2": Mamba2, "mamba3": Mamba3}
 class VSS(nn.Module):
     """Vision Selective Scan (VL-Mamba, section 3.2): a 2-D scan, one Mamba layer over each sequence, merged.
 
-    `scan`: a name of `SCANS`. `mixer`: one of `VSS_MIXERS`, or a function of (dim, **mixer_args) -> module, (b, L, C) ->
-    (b, L, C).
+    `scan`: a name of `SCANS`. `mixer`: one of `VSS_MIXERS`, or a function of (dim, **mixer_args) -> a module that keeps
+    the shape (b, L, C).
     Open in the paper: `shared`, one layer for all directions or one each; `merge`, "sum" or "mean"."""
     def __init__(self, dim, scan="bsm", mixer="mamba", shared=True, merge="sum", **mixer_args):
         super().__init__()

@@ -85,21 +85,26 @@ class MambaConfig:
         for name, most in limits.items():
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name}: got {getattr(self, name)}, need 1 to {most:,}")
-        self.mixers = list(self.mixer) if hybrid else [self.mixer] * self.n_layer        # one name for each layer
         if len(self.mixers) != self.n_layer:
             raise ValueError(f"mixer: got {len(self.mixers)} names, need {self.n_layer} as n_layer says")
         if hybrid and not all(name in self.mixers and isinstance(v, dict) for name, v in self.mixer_args.items()):
             need = f"arguments by the names of mixers, as {self.mixers[0]}: {{...}}"
             raise ValueError(f"mixer_args: got {reprlib.repr(self.mixer_args)}, need {need}")
-        self.args = {name: self.mixer_args.get(name, {}) if hybrid else self.mixer_args for name in set(self.mixers)}
-        for name, args in self.args.items():
-            check_arguments("mixer_args", args, MIXERS[name])
+        for name in set(self.mixers):
+            check_arguments("mixer_args", self.args_of(name), MIXERS[name])
         # rows of the embedding table: padded, because matrix products on GPUs are fastest at such sizes
         self.padded_vocab_size = -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
         usual = math.ceil(self.d_model / 3) * 8 if self.mixer == "attention" else 0
         self.mlp_width = usual if self.d_intermediate is None else self.d_intermediate
 
+    @property
+    def mixers(self):
+        "The name of each layer's mixer."
+        return list(self.mixer) if isinstance(self.mixer, list) else [self.mixer] * self.n_layer
 
+    def args_of(self, name):
+        "The arguments of the mixers of this name."
+        return self.mixer_args.get(name, {}) if isinstance(self.mixer, list) else self.mixer_args
 
 # %% ../../nbs/language/08_model.ipynb #2391a915
 def read_stream(norm, x):
@@ -127,7 +132,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         name = config.mixers[layer]
-        self.mixer = MIXERS[name](config.d_model, **config.args[name])
+        self.mixer = MIXERS[name](config.d_model, **config.args_of(name))
         if hasattr(self.mixer, "norm"):
             self.mixer.norm.eps = config.norm_eps
         self.residual_in_fp32 = config.residual_in_fp32

@@ -178,7 +178,7 @@ class Mamba3(nn.Module):
         return Mamba3State(*(torch.zeros(batch, *shape, device=device, dtype=dtype) for shape in self.state_shapes))
 
     def project(self, x):
-        "x (b, L, d_model) -> u, z (b, L, H, P), B, C (b, L, R, G, N), dt, a = dt A, trap (b, L, H), angle (b, L, 1, S)."
+        "x (b, L, d_model) -> u, z (b, L, H, P), B, C (b, L, R, G, N), dt, a = dt A, trap (b, L, H), angle (b, L, 1, S)"
         dtype = scan_dtype(x.dtype)
         z, u, B, C, dt, A, trap, angle = self.in_proj(x).to(dtype).split(self.sizes, -1)
         B, C = (i.unflatten(-1, (self.rank, self.ngroups, -1)) for i in (B, C))
