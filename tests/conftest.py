@@ -44,6 +44,7 @@ def make_model(small):
 
     import torch
 
+    from model_cases import HYBRID
     from vlmamba_lite.connectors.connectors import CONNECTORS
     from vlmamba_lite.model.presets import tiny_config
     from vlmamba_lite.model.vlmamba import VLMamba
@@ -53,8 +54,9 @@ def make_model(small):
         config.connector = connector
         if "scan" not in signature(CONNECTORS[connector]).parameters:
             config.connector_args = {}
-        config.language.mixer = mixer
-        config.language.mixer_args = {"mamba": dict(d_state=4), "mamba2": dict(d_state=8, headdim=8, chunk_size=32)}[mixer]
+        args = {"mamba": dict(d_state=4), "mamba2": dict(d_state=8, headdim=8, chunk_size=32)}
+        for name, value in (HYBRID if mixer == "hybrid" else dict(mixer=mixer, mixer_args=args[mixer])).items():
+            setattr(config.language, name, value)
         for name, value in language.items():
             setattr(config.language, name, value)
         with torch.random.fork_rng():

@@ -3,6 +3,9 @@ import torch
 
 from vlmamba_lite.data.batches import Batch
 
+# fields of `MambaConfig`: two layers, of which the second is of attention and has a convolution of its own
+HYBRID = dict(mixer=["mamba2", "attention"], mixer_args=dict(mamba2=dict(d_state=8, headdim=8, chunk_size=32), attention=dict(headdim=8, rope_dim=4, d_conv=3)))
+
 
 def batch_of(images, ids, labels=None, mask=None):
     "A plain `Batch`: rows of text about pictures, as many for each, in the pictures' order."

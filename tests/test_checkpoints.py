@@ -250,6 +250,62 @@ def test_infinity_is_written_in_two_ways(limit, want):
 
 ORIGINAL = {"d_model": 16, "n_layer": 1, "vocab_size": 40, "ssm_cfg": {}}
 HF = {"model_type": "mamba2", "hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 40, "state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1}
+HYBRID = {"d_model": 16, "n_layer": 3, "vocab_size": 37, "ssm_cfg": {"layer": "Mamba2", "headdim": 8, "d_state": 6}, "attn_layer_idx": [1],
+          "attn_cfg": {"causal": True, "num_heads": 4, "head_dim": 8, "num_heads_kv": 2, "rotary_emb_dim": 4, "d_conv": 3, "qkv_proj_bias": False}}
+
+
+def attention(**fields):
+    return HYBRID | {"attn_cfg": HYBRID["attn_cfg"] | fields}
+
+
+def test_configuration_of_the_published_hybrid():
+    "config.json of state-spaces/mamba2attn-2.7b; its parameters counted by hand."
+    fields = {"d_model": 2560, "d_intermediate": 0, "n_layer": 64, "vocab_size": 50277, "ssm_cfg": {"layer": "Mamba2"}, "attn_layer_idx": [9, 18, 27, 36, 45, 56],
+              "attn_cfg": {"causal": True, "d_conv": 4, "head_dim": 128, "num_heads": 30, "out_proj_bias": False, "qkv_proj_bias": False, "rotary_emb_dim": 64},
+              "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 16, "tie_embeddings": True}
+    c = MambaConfig(**published_config(fields))
+    assert [i for i, name in enumerate(c.mixers) if name == "attention"] == [9, 18, 27, 36, 45, 56] and c.mixers.count("mamba2") == 58
+    with torch.device("meta"):
+        lm = MambaLM(c)
+    d, inner, heads, N, qkv = 2560, 5120, 80, 128, 3 * 30 * 128
+    mamba2 = d * (2 * inner + 2 * N + heads) + 5 * (inner + 2 * N) + 3 * heads + inner + inner * d + d        # with the norms before it and inside
+    attn = d * qkv + 5 * qkv + 30 * 128 * d + d
+    assert sum(p.numel() for p in lm.parameters()) == 58 * mamba2 + 6 * attn + 50288 * d + d == 2_697_590_880
+    layer = dict(lm.backbone.layers[9].mixer.named_parameters())
+    assert {name: tuple(p.shape) for name, p in layer.items()} == {
+        "in_proj.weight": (11520, 2560), "conv1d.weight": (11520, 1, 4), "conv1d.bias": (11520,), "out_proj.weight": (2560, 3840)}
+    assert (lm.backbone.layers[9].mixer.rope_dim, lm.backbone.layers[9].mixer.rope_base) == (64, 10000.)
+
+
+def test_a_hybrid_is_that_of_transformers():
+    "Nemotron-H: Mamba-2 and attention without positions, in our weights."
+    torch.manual_seed(0)
+    config = transformers.NemotronHConfig(
+        vocab_size=V, hidden_size=16, layers_block_type=["linear_attention", "full_attention", "linear_attention"], num_attention_heads=4, num_key_value_heads=2,
+        head_dim=6, ssm_state_size=6, mamba_num_heads=4, mamba_head_dim=8, n_groups=2, chunk_size=8, time_step_min=1e-30, residual_in_fp32=True, **NO_TOKENS)
+    theirs = lively(transformers.NemotronHForCausalLM(config)).eval()
+    ours = MambaLM(MambaConfig(16, 3, V, 1, ["mamba2", "attention", "mamba2"], dict(
+        mamba2=dict(d_state=6, headdim=8, ngroups=2, chunk_size=8), attention=dict(headdim=6, nheads=4, nheads_kv=2, rope_dim=0)), tie_embeddings=False))
+    weights = {name.replace("model.", "backbone.").replace("embeddings", "embedding"): w for name, w in theirs.state_dict().items()}
+    at = "backbone.layers.1.mixer."
+    weights[at + "in_proj.weight"] = torch.cat([weights.pop(f"{at}{x}_proj.weight") for x in "qkv"])
+    weights[at + "out_proj.weight"] = weights.pop(at + "o_proj.weight")
+    ours.load_state_dict(weights, strict=True)
+    assert_speaks_like(ours, theirs)
+
+
+def test_a_hybrid_in_the_original_layout(tmp_path):
+    "What is written there is read; transformers has no layout that it fits."
+    torch.manual_seed(0)
+    lm = lively(MambaLM(MambaConfig(**published_config(HYBRID | {"d_intermediate": 12}))))
+    (tmp_path / "config.json").write_text(json.dumps(HYBRID | {"d_intermediate": 12}))
+    torch.save(lm.state_dict(), tmp_path / "pytorch_model.bin")
+    again = from_pretrained(tmp_path)
+    assert again.config == lm.config and again.config.mixers == ["mamba2", "attention", "mamba2"]
+    assert torch.equal(again.generate(tokens(2, 5, high=37), 20), lm.generate(tokens(2, 5, high=37), 20))
+    with pytest.raises(ValueError, match=r"mixer: got \['mamba2', 'attention', 'mamba2'\], need 'mamba' or 'mamba2': transformers has no layout for it"):
+        lm.save_pretrained(tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize("fields, message", [
@@ -257,8 +313,12 @@ HF = {"model_type": "mamba2", "hidden_size": 16, "num_hidden_layers": 1, "vocab_
     ({"model_type": "falcon_mamba", "hidden_size": 16}, "model_type: got 'falcon_mamba'"),
     ({"model_type": "vlmamba"}, "model_type: got 'vlmamba'"), ({}, "model_type: got None"),
     ({"d_model": 16, "vocab_size": 40}, "configuration: got no n_layer, need them all"),
-    (ORIGINAL | {"rms_norm": False}, "rms_norm: got False, need True"), (ORIGINAL | {"d_intermediate": 64}, "d_intermediate: got 64, need 0"),
-    (ORIGINAL | {"attn_layer_idx": [3]}, r"attn_layer_idx: got \[3\], need \[\]"),
+    (ORIGINAL | {"rms_norm": False}, "rms_norm: got False, need True"), (ORIGINAL | {"d_intermediate": 2.5}, "d_intermediate: got 2.5, need a whole number"),
+    (HYBRID | {"attn_layer_idx": [0, 3]}, r"attn_layer_idx: got \[0, 3\], need numbers of layers, 0 to 2"), (HYBRID | {"attn_layer_idx": ["1"]}, "attn_layer_idx: got"),
+    (HYBRID | {"attn_cfg": {}}, "configuration: got no num_heads"), (HYBRID | {"attn_cfg": {"num_heads": 2}}, "attn_cfg: got {'num_heads': 2}, need causal=True"),
+    (attention(mlp_dim=64), "mlp_dim: got 64, need 0"), (attention(softmax_scale=.1), "softmax_scale: got 0.1, need None"),
+    (attention(rotary_emb_interleaved=True), "rotary_emb_interleaved: got True"), (attention(window=8), "attn_cfg: got"), (attention(causal=False), "causal: got False, need True"),
+    (attention(num_heads_kv=3), "nheads_kv: got 3, need a divisor of nheads = 4"), (attention(rotary_emb_dim=5), "rope_dim: got 5"),
     (ORIGINAL | {"ssm_cfg": {"layer": "Mamba3"}}, "ssm_cfg.layer: got 'Mamba3'"),
     (ORIGINAL | {"ssm_cfg": {"d_stat": 3}}, r"ssm_cfg: got \['d_stat'\], need arguments of Mamba"),
     (ORIGINAL | {"ssm_cfg": {"layer": "Mamba2", "rmsnorm": False}}, "rmsnorm: got False, need True"),

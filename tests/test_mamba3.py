@@ -1,5 +1,7 @@
 """Mamba-3 against golden results of the official references, in float64 against its own recurrence, and fed in other ways."""
 import math
+import sys
+import types
 from functools import partial
 
 import pytest
@@ -12,7 +14,8 @@ from measures import gradients, rms_error
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from vlmamba_lite.layers.mamba3 import FORMS, Mamba3, Mamba3State, running_angle, trapezoid_by_ssd, trapezoid_recurrent, turn
+from vlmamba_lite.layers import mamba3
+from vlmamba_lite.layers.mamba3 import FORMS, Mamba3, Mamba3State, mamba3_backends, running_angle, trapezoid_by_ssd, trapezoid_recurrent, turn
 from vlmamba_lite.ops.ssd import chunked_form, quadratic_form, recurrent_form, ssd_chunked
 
 close = partial(assert_close, rtol=1e-12, atol=1e-12)
@@ -66,8 +69,8 @@ def test_golden(golden, name, form):
             widen = block.widen
             block.widen = lambda u: v if u.ndim == 3 else widen(u)
     B, C = (i if mimo else i.unsqueeze(2) for i in (leaves["K"], leaves["Q"]))
-    dt, a, lam = leaves["DT"].mT, leaves["ADT"].mT, torch.sigmoid(leaves["Trap"]).mT
-    y, end = block.ssm(leaves["V"], leaves["Z"], B, C, dt, a, lam, math.pi * torch.tanh(leaves["Angles"]), state, backend=form)
+    dt, a, trap = leaves["DT"].mT, leaves["ADT"].mT, leaves["Trap"].mT
+    y, end = block.ssm(leaves["V"], leaves["Z"], B, C, dt, a, trap, leaves["Angles"], state, backend=form)
     assert rms_error(y, case["y"]) < 1e-5
     assert rms_error(end.ssm, case["final1"]) < 1e-5
     assert rms_error(end.k.transpose(1, 2), spread(case["final2"])) < 1e-5
@@ -247,7 +250,7 @@ def test_parameters_of_the_official_layer():
 
 
 @pytest.mark.parametrize("options, words", [(dict(headdim=5), "headdim: got 5"), (dict(A_activation="relu"), "A_activation: got 'relu'"),
-                                            (dict(backend="cpp"), "backend: got 'cpp'"), (dict(rope_fraction=0), "rope_fraction: got 0"),
+                                            (dict(backend="cpp"), "backend: got 'cpp'"), (dict(headdim="auto"), "headdim: got 'auto'"), (dict(rope_fraction=0), "rope_fraction: got 0"),
                                             (dict(rope_fraction=1.5), "rope_fraction: got 1.5"), (dict(is_mimo=True, mimo_rank=0), "mimo_rank: got 0")])
 def test_bad_options(options, words):
     with pytest.raises(ValueError, match=words):
@@ -263,3 +266,86 @@ def test_a_decays_at_least_by_the_floor_and_grows_as_the_activation_says():
                 block.in_proj.weight[-3, 0] = x            # the last rows: dt, A, lambda of the one head, one angle
                 _, _, _, _, dt, a, _, _ = block.project(torch.tensor([[[1., 0, 0, 0]]]).double())
             assert (a / dt).item() == pytest.approx(-max(by_hand(x), 0.3))
+
+
+@pytest.mark.parametrize("width, d_state, options, wanted", [
+    (768, 128, {}, 24 * (768 * 3432 + 1536 * 768 + 24 * 128 * 2 + 256 + 48)), (1024, 128, {}, 24 * (1024 * 4480 + 2048 * 1024 + 32 * 128 * 2 + 256 + 64)),
+    (2048, 128, dict(is_mimo=True), 24 * (2048 * 9440 + 4096 * 2048 + 64 * 4 * (128 * 2 + 64 * 3) + 256 + 128))])
+def test_parameters_at_the_papers_sizes(width, d_state, options, wanted):
+    "24 layers of the widths of its smallest, its second and its largest models, counted by hand: in_proj, out_proj, biases, norms, D and dt_bias, MIMO."
+    with torch.device("meta"):
+        got = sum(p.numel() for _ in range(24) for p in Mamba3(width, d_state, **options).parameters())
+    assert got == wanted and got / 24 == pytest.approx(6 * width ** 2, rel=0.25)
+
+
+# --- the official kernels ---
+
+def official_by_loop(Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D, Z, chunk_size, Input_States=None, return_final_states=False,
+                     MIMO_V=None, MIMO_Z=None, MIMO_Out=None, rotary_dim_divisor=None, dtype=None, return_state=False):
+    "What the official kernels promise, one token after the other: SISO with the axes that they have, or MIMO if there is MIMO_V."
+    mimo = MIMO_V is not None
+    b, L, H, P = V.shape
+    assert Z is None and MIMO_Out is None and (return_state if mimo else return_final_states) and Angles.shape[:3] == (b, L, H)
+    assert not mimo or rotary_dim_divisor == Q.shape[-1] / Angles.shape[-1]
+    if not mimo:
+        Q, K, Q_bias, K_bias = Q.unsqueeze(2), K.unsqueeze(2), Q_bias.unsqueeze(1), K_bias.unsqueeze(1)
+    heads = [i.repeat_interleave(H // i.shape[3], 3).transpose(2, 3) + bias for i, bias in ((Q, Q_bias), (K, K_bias))]      # (b, L, H, R, N)
+    up = MIMO_V if mimo else torch.ones_like(V[0, 0, :, None])
+    zeros = V.new_zeros
+    angle, h, k_last, v_last = Input_States or (zeros(b, H, Angles.shape[-1]), zeros(b, H, P, Q.shape[-1]), zeros(b, H, Q.shape[-1]), zeros(b, H, P))
+    k_last, v_last, ys = k_last[:, :, None].expand(-1, -1, up.shape[1], -1), v_last[:, :, None] * up, []
+    for t in range(L):
+        dt, a, lam = DT[:, :, t], ADT[:, :, t], torch.sigmoid(Trap[:, :, t])
+        angle = angle + dt[..., None] * math.pi * torch.tanh(Angles[:, t])
+        q, k = (turn(i[:, t], angle[:, :, None], halves=mimo) for i in heads)
+        v = V[:, t, :, None] * up
+        h = a.exp()[..., None, None] * (h + ((1 - lam) * dt)[..., None, None] * v_last.mT @ k_last) + (lam * dt)[..., None, None] * v.mT @ k
+        ys.append(q @ h.mT + D[:, None, None] * v)
+        k_last, v_last = k, v
+    y = torch.stack(ys, 1)                                                # (b, L, H, R, P)
+    return (y.transpose(2, 3) if mimo else y.squeeze(3)), angle, h, k, v
+
+
+@pytest.fixture
+def official(monkeypatch):
+    "The official kernels as installed, on tensors that may lie anywhere."
+    module = types.SimpleNamespace(mamba3_siso_combined=official_by_loop, mamba3_mimo=official_by_loop)
+    for mimo, name in mamba3._OFFICIAL.items():
+        monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setitem(mamba3._BACKENDS[mimo], "mamba_ssm", (mamba3.scan_mamba_ssm, lambda: None))
+    monkeypatch.setattr(mamba3, "_on_gpu", lambda u: True)
+
+
+@pytest.mark.parametrize("options", [{}, dict(ngroups=2, rope_fraction=1.), dict(is_outproj_norm=True), dict(is_mimo=True, mimo_rank=2, ngroups=2),
+                                     dict(is_mimo=True, mimo_rank=4, is_outproj_norm=True)])
+def test_the_official_kernels_get_what_they_want(official, options):
+    "With a stand-in that does what they promise: the same values, states and gradients, with pads, from a state."
+    options = dict(headdim=4) | options
+    ours, theirs = random_block(**options), random_block(**options, backend="mamba_ssm")
+    x, mask = torch.randn(2, 21, 16), torch.ones(2, 21, dtype=torch.bool)
+    mask[0, :4], mask[1, 9:12] = False, False
+    with torch.no_grad():
+        for state in [None] if ours.is_mimo else [None, random_state(ours, 2)]:
+            for m in (None, mask):
+                (y, end), (want, last) = (block(x, state, m, True) for block in (theirs, ours))
+                assert rms_error(y, want) < 1e-5 and max(rms_error(a, b) for a, b in zip(end[1:], last[1:])) < 1e-5
+                assert (end.angle - last.angle).sin().abs().max() < 1e-5
+    if not ours.is_mimo:
+        got, want = (gradients([block(x, mask=mask)], block.parameters()) for block in (theirs, ours))
+        assert max(map(rms_error, got, want)) < 1e-4
+
+
+def test_what_the_official_kernels_cannot_do(official, monkeypatch):
+    x = torch.randn(1, 5, 16)
+    for options, words in ((dict(rope_fraction=.25), "got 1 angles for d_state 8"), (dict(d_state=12, rope_fraction=.5), "got d_state 12, headdim 8"),
+                           (dict(is_mimo=True), "got several inputs and a gradient")):
+        with pytest.raises(RuntimeError, match=f"backend 'mamba_ssm': {words}"):
+            random_block(**options, backend="mamba_ssm")(x)
+    block = random_block(is_mimo=True, backend="mamba_ssm")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="got several inputs and a first state"):
+        block(x, block.empty_state(1))
+    monkeypatch.undo()
+    assert mamba3_backends() == dict.fromkeys(FORMS) | {"mamba_ssm": mamba3_backends(True)["mamba_ssm"]}
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="backend 'mamba_ssm' cannot run here: needs a CUDA GPU"):
+            random_block(backend="mamba_ssm")(x)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from measures import rms_error
-from model_cases import batch_of
+from model_cases import HYBRID, batch_of
 import numpy as np
 import pytest
 import torch
@@ -194,7 +194,7 @@ def one_by_one(model, rows):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "hybrid"])
 @pytest.mark.parametrize("pictures", [True, False])
 def test_every_layout_gives_the_loss_and_the_gradients_of_one_text_at_a_time(make_model, mixer, layout, pictures):
     model = make_model(mixer=mixer, n_layer=2, embedding_std=0.5).eval().double()
@@ -312,8 +312,9 @@ def test_a_question_it_cannot_read(make_model, question, match):
 def talker(mixer="mamba2", dtype=torch.float32, n_layer=2):
     "A tiny model that speaks bytes, with random weights."
     config = tiny_config(257)
-    config.language = MambaConfig(16, n_layer, 257, 1, mixer, embedding_std=0.01, mixer_args={
-        "mamba": dict(d_state=4), "mamba2": dict(d_state=8, headdim=8, chunk_size=32), "attention": dict(headdim=8)}[mixer])
+    args = {"mamba": dict(d_state=4), "mamba2": dict(d_state=8, headdim=8, chunk_size=32), "attention": dict(headdim=8)}
+    kind = HYBRID if mixer == "hybrid" else dict(mixer=mixer, mixer_args=args[mixer])
+    config.language = MambaConfig(16, n_layer, 257, 1, embedding_std=0.01, **kind)
     with torch.random.fork_rng():
         torch.manual_seed(5)
         return VLMamba(config, byte_tokenizer()).to(dtype).eval()
@@ -343,7 +344,7 @@ def at_once(model, pieces):
     return out.logits[0], out.state
 
 
-@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention"])
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention", "hybrid"])
 @pytest.mark.parametrize("template", ["zephyr", "llava"])
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=str)
 def test_a_chat_is_one_sequence(mixer, template, dtype, limit):
@@ -404,7 +405,7 @@ def test_a_turn_reads_only_its_own_tokens(monkeypatch):
     assert chat.state is chat.state and read == [waiting] and waiting <= 8             # the last answer, its end, one token before it
 
 
-@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention"])
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention", "hybrid"])
 def test_a_chat_goes_on_from_disk(tmp_path, mixer):
     "Saved in the middle and taken up by a model that was loaded, it ends as the one that was never interrupted."
     model = talker(mixer)
@@ -417,7 +418,7 @@ def test_a_chat_goes_on_from_disk(tmp_path, mixer):
     assert later.say("And why?", 6) == straight.say("And why?", 6)
     same_state(later.state, straight.state, 1e-5)
     sizes = {sum(p.numel() for layer in s for p in layer) for s in (broken.state, straight.state, model.read_image(picture()))}
-    assert (len(sizes) == 1) == (mixer != "attention")
+    assert (len(sizes) == 1) == (mixer not in ("attention", "hybrid"))
 
 
 def test_a_picture_is_asked_again_from_disk(make_model, tmp_path):
@@ -429,7 +430,7 @@ def test_a_picture_is_asked_again_from_disk(make_model, tmp_path):
     assert (tmp_path / "photo.safetensors").stat().st_size < 20_000
 
 
-@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention"])
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention", "hybrid"])
 def test_pictures_one_after_another(mixer):
     model, state = talker(mixer, torch.float64), None
     for image in photos():
@@ -465,7 +466,7 @@ def test_an_answer_that_is_not_waited_for():
     assert len(model.chat().say("No picture", 3)) >= 0                                 # nor does it need one
 
 
-@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention"])
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention", "hybrid"])
 def test_a_batch_of_questions_is_each_alone(mixer):
     model, (a, b, c) = talker(mixer, torch.float64), photos()
     questions = ["Who?", "What is this, and why is it here?", "A", "Where is the other one?"]
@@ -488,7 +489,7 @@ def test_a_batch_reads_each_picture_once(make_model, monkeypatch):
     assert calls == [2] and answers[0] == answers[3]
 
 
-@pytest.mark.parametrize("other", [dict(mixer="mamba"), dict(n_layer=3), dict(mixer="attention")], ids=str)
+@pytest.mark.parametrize("other", [dict(mixer="mamba"), dict(n_layer=3), dict(mixer="attention"), dict(mixer="hybrid")], ids=str)
 def test_a_state_of_another_model(other):
     model, state = talker(), talker(**other).read_image(picture())
     calls = (lambda: model.ask(state, "Who?"), lambda: model.chat(state=state), lambda: model.read_image(picture(), state),

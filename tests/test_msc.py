@@ -533,3 +533,29 @@ def test_blocks_are_what_they_say():
 
 def test_the_registry_knows_both_forms():
     assert [CONNECTORS[f"msc_{form}"](8, 12, **SMALL).form for form in ("basic", "advanced")] == ["basic", "advanced"]
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_mamba3_in_its_place(variant):
+    "The connector with Mamba-3 by its equations, each direction a layer on flipped tokens; values and gradients."
+    torch.manual_seed(0)
+    connector = shaken(MambaScanConnector(8, 12, variant=variant, mixer="mamba3", d_state=4, headdim=4, expand=1))
+    x, size, released = tokens((3, 4)), (3, 4), variant == "released"
+
+    def by_hand(x):
+        x = connector.stem(x)
+        for block in connector.blocks:
+            layer, = block.mvss.mixers
+            assert hasattr(layer, "norm") == released
+            y = x if released else block.norm(x)
+            y = layer(y) + layer(y.flip(1)).flip(1)
+            x = x + (y / 2 if released else y)
+            x = x + block.swiglu(block.norm(x)) if released else block.swiglu(x)
+        return connector.mlp(connector.norm(x))
+    parameters = list(connector.parameters())
+    assert_same(value_and_gradients(lambda x: connector(x, size), x, *parameters), value_and_gradients(by_hand, x, *parameters))
+    assert receptive_field(connector.vss.directions, torch.randn(1, 12, 12 if released else 8).double(), size, (0, 0)).shape == (2, 3, 4)
+    with pytest.raises(ValueError, match="vss: got a mixer Mamba3, need Mamba, or MVSS"):
+        connector_attention(connector, x, size)
+    with pytest.raises(ValueError, match=r"mixer: got 'mamba', need one of \['mamba2', 'mamba3'\]"):
+        MambaScanConnector(8, 12, mixer="mamba")

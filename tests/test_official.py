@@ -8,7 +8,7 @@ import importlib.util
 import sys
 import types
 
-from measures import rms_error
+from measures import lively, rms_error
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch.testing import assert_close
 
 import vlmamba_lite.layers.mamba as mamba
 import vlmamba_lite.ops.ssd as ssd_module
+from vlmamba_lite.language.checkpoints import published_config
+from vlmamba_lite.language.model import MambaConfig, MambaLM
 from vlmamba_lite.layers.mamba import Mamba, MambaState, causal_conv1d, conv_backends, conv_step
 from vlmamba_lite.layers.mamba2 import Mamba2, Mamba2State
 from vlmamba_lite.ops.reference import scan_step
@@ -118,6 +120,49 @@ def test_selective_state_update_mamba2_block(official, groups):
         want = update(h, u.unflatten(1, (4, 8)), dt[..., None].expand(3, 4, 8), A, B.unflatten(1, (groups, 6)), C.unflatten(1, (groups, 6)),
                       heads(block.D), None, heads(block.dt_bias), dt_softplus=True)
         assert rms_error(y, block.out_proj(block.norm(want.flatten(1), z))) < 1e-6 and rms_error(after.ssm, h) < 1e-6
+
+
+# --- attention ------------------------------------------------------------------------------------------------------------
+
+class Rotary(torch.nn.Module):
+    "flash_attn's RotaryEmbedding, which the official attention takes: the first `dim` channels of q and k turn, halves paired."
+    def __init__(self, dim, base, interleaved, device):
+        super().__init__()
+        self.speed = base ** (-torch.arange(0, dim, 2) / dim)
+
+    def forward(self, q, kv, seqlen_offset=0, max_seqlen=None):
+        turn = torch.polar(torch.ones(()), torch.arange(q.shape[1])[:, None] * self.speed)[:, None]
+        def rotated(x):
+            n = len(self.speed)
+            z = torch.complex(x[..., :n], x[..., n:2 * n]) * turn
+            return torch.cat([z.real, z.imag, x[..., 2 * n:]], -1)
+        return rotated(q), torch.stack([rotated(kv[:, :, 0]), kv[:, :, 1]], 2)
+
+
+@pytest.mark.parametrize("attn_cfg", [dict(num_heads=2), dict(num_heads=4, head_dim=6, num_heads_kv=2, d_conv=4, qkv_proj_bias=False, out_proj_bias=False),
+                                      dict(num_heads=3, head_dim=8, rotary_emb_dim=4, rotary_emb_base=100., d_conv=3, qkv_proj_bias=False)])
+def test_hybrid_of_official_attention(official, monkeypatch, attn_cfg):
+    "Values, gradients and greedy text of a small hybrid, with MHA of the official code in its place."
+    mha = official("mamba_ssm", "modules.mha")
+    monkeypatch.setattr(mha, "RotaryEmbedding", Rotary)
+    monkeypatch.setattr(mha, "causal_conv1d_fn", None)
+    fields = dict(d_model=16, n_layer=3, vocab_size=37, ssm_cfg=dict(layer="Mamba2", headdim=8, d_state=6), attn_layer_idx=[1], attn_cfg=dict(causal=True, **attn_cfg))
+    torch.manual_seed(0)
+    lm, twin = (lively(MambaLM(MambaConfig(**published_config(fields)))) for _ in range(2))
+    theirs = mha.MHA(16, causal=True, **attn_cfg)
+    twin.load_state_dict(lm.state_dict())
+    theirs.load_state_dict(lm.backbone.layers[1].mixer.state_dict())          # with official names and shapes
+    monkeypatch.setattr(twin.backbone.layers[1].mixer, "forward", lambda x, state=None, mask=None, return_state=False: (theirs(x), None) if return_state else theirs(x))
+    ids = torch.randint(37, (2, 21), generator=torch.Generator().manual_seed(1))
+    want, got = twin(ids).logits, lm(ids).logits
+    assert (got - want).abs().max() < 1e-4 and rms_error(got, want) < 1e-5
+    for p, w in zip(torch.autograd.grad(got.square().sum(), list(lm.backbone.layers[1].mixer.parameters())),
+                    torch.autograd.grad(want.square().sum(), [dict(theirs.named_parameters())[name] for name, _ in lm.backbone.layers[1].mixer.named_parameters()])):
+        assert rms_error(p, w) < 1e-4
+    text = ids[:, :5]
+    for _ in range(30):
+        text = torch.cat([text, twin(text).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(lm.generate(ids[:, :5], 30), text)
 
 
 # --- SSD ------------------------------------------------------------------------------------------------------------------

@@ -151,7 +151,8 @@ def test_the_table_of_sizes(make_model):
 # What training takes
 
 def small_model(mixer, connector="vss_l2", layers=6):
-    args = {"mamba": dict(d_state=16), "mamba2": dict(d_state=32, headdim=32, chunk_size=64), "attention": dict(headdim=32)}[mixer]
+    args = {"mamba": dict(d_state=16), "mamba2": dict(d_state=32, headdim=32, chunk_size=64), "attention": dict(headdim=32)}
+    mixer, args = (["mamba2", "attention", "mamba"] * 2, args) if mixer == "hybrid" else (mixer, args[mixer])
     torch.manual_seed(0)
     vision = dict(dim=64, width=16, image_size=64)
     return VLMamba(VLMambaConfig(vision, connector, {}, MambaConfig(128, layers, 500, 1, mixer, args)))
@@ -187,7 +188,8 @@ def test_bytes_of_parameters_are_exact(trains):
 
 @pytest.mark.parametrize("mixer, connector, trains, checkpointing, precision", [
     ("mamba", "vss_l2", PARTS[0], False, "bf16"), ("mamba", "msc_basic", PARTS[2], True, "fp32"),
-    ("mamba2", "msc_advanced", PARTS[1], False, "bf16"), ("mamba2", "mlp", PARTS[3], False, "fp32"), ("attention", "mlp", PARTS[1], True, "bf16")])
+    ("mamba2", "msc_advanced", PARTS[1], False, "bf16"), ("mamba2", "mlp", PARTS[3], False, "fp32"), ("attention", "mlp", PARTS[1], True, "bf16"),
+    ("hybrid", "mlp", PARTS[1], False, "bf16")])
 def test_activations_are_near_what_a_step_holds(mixer, connector, trains, checkpointing, precision):
     model = small_model(mixer, connector)
     train_only(model, trains)
@@ -295,6 +297,15 @@ def test_overrides_of_a_small_preset():
     assert override(plain, vision=dict(dim=8, width=8, image_size=64)).vision["dim"] == 8
     assert override(plain, language="mamba2-780m").language == language_config("mamba2-780m", 31)
     assert override(plain, language=plain.language).language == plain.language
+    wider = override(plain, language=dict(d_model=32)).language                                  # a dict changes what is there
+    assert (wider.d_model, wider.mixer, wider.mixer_args, wider.vocab_size) == (32, "mamba2", plain.language.mixer_args, 31)
+    other = override(plain, language=dict(mixer="mamba3", mixer_args=dict(headdim=8))).language
+    assert (other.d_model, other.mixer, other.mixer_args) == (16, "mamba3", dict(headdim=8))
+    assert override(plain, language=dict(mixer="mamba")).language.mixer_args == {}                # those of Mamba-2 do not fit
+    hybrid = override(plain, language=dict(n_layer=2, mixer=["mamba3", "attention"], mixer_args=dict(mamba3=dict(headdim=8), attention=dict(headdim=8)))).language
+    assert hybrid.mixers == ["mamba3", "attention"]
+    for connector, args in (("vss_l2", dict(mixer="mamba3", headdim=8, d_state=4)), ("vss_mlp", dict(mixer="mamba2", headdim=8)), ("msc_advanced", dict(mixer="mamba3", headdim=8))):
+        assert VLMamba(override(plain, connector=connector, connector_args=args)).see(torch.zeros(1, 3, 64, 64)).shape == (1, 64, 16)
 
 
 @pytest.mark.parametrize("connector", CONNECTORS)
@@ -321,6 +332,8 @@ def test_a_new_connector_without_a_scan_gets_none(monkeypatch, make_model):
     (lambda: preset_config("vl-mamba-2.8b", scan="spiral"), "^scan: got .spiral., need one of"),
     (lambda: preset_config("vl-mamba-2.8b", connector="mlp", scan="csm"), "^scan: got one for the connector 'mlp'"),
     (lambda: preset_config("vl-mamba-2.8b", language="mamba-7b"), "^language: got 'mamba-7b', need one of"),
+    (lambda: preset_config("tiny", 31, language=dict(width=3)), "^language: got 'width', need some of d_model"),
+    (lambda: preset_config("tiny", 31, language=dict(mixer="gru")), "^mixer: got 'gru', need one of"),
     (lambda: preset_config("vl-mamba-2.8b", vision="eva"), "^vision: got 'eva', need one of"),
     (lambda: preset_config("vl-mamba-2.8b", vision="siglip + eva"), "^vision: got 'siglip', need one of"),
     (lambda: preset_config("vl-mamba-2.8b", connector_args=dict(scam=1)), "^connector_args: got 'scam', need some of .*scan, "),

@@ -111,6 +111,35 @@ def test_vss_is_the_recurrent_step_along_every_path(shared):
     assert rms_error(module(x, (3, 4)), twin(module.mixers, x, scan_order(3, 4, "csm"))) < 1e-5
 
 
+@pytest.mark.parametrize("options", [{}, dict(is_mimo=True, mimo_rank=2, is_outproj_norm=True), dict(ngroups=2, rope_fraction=1.)], ids=str)
+@pytest.mark.parametrize("mixer, shared", [("mamba3", True), ("mamba3", False), ("mamba2", True)])
+@pytest.mark.parametrize("kind, size", [("bsm", (3, 5)), ("csm", (4, 3)), ("csm", (1, 1))])
+def test_other_mixers_are_layers_on_tokens_in_other_orders(kind, size, mixer, shared, options):
+    "Values and gradients against a layer for each direction, which reads the picture turned, transposed or both."
+    if mixer == "mamba2":
+        options = {name: value for name, value in options.items() if name == "ngroups"}
+    torch.manual_seed(0)
+    module = VSS(8, kind, mixer, shared, d_state=4, headdim=4, chunk_size=5, **options).double()
+    for p in module.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    x = torch.randn(2, size[0] * size[1], 8, dtype=torch.float64)
+
+    def naive(x):
+        grid, total = x.unflatten(1, size), 0
+        layers = list(module.mixers) * (module.K // len(module.mixers))
+        paths = [(False, False), (False, True)] if kind == "bsm" else [(False, False), (True, False), (False, True), (True, True)]
+        for layer, (columns, reverse) in zip(layers, paths, strict=True):
+            seen = (grid.transpose(1, 2) if columns else grid).flatten(1, 2)
+            y = layer(seen.flip(1)).flip(1) if reverse else layer(seen)
+            y = y.unflatten(1, size[::-1] if columns else size)
+            total = total + (y.transpose(1, 2) if columns else y).flatten(1, 2)
+        return total
+    slow = value_and_gradients(naive, x, *module.parameters())
+    assert_same(value_and_gradients(lambda x: module(x, size), x, *module.parameters()), slow)
+    assert_same([module.directions(x, size).sum(1)], [module(x, size)])
+    assert rms_error(module(x, size), twin(module.mixers, x, scan_order(*size, kind))) < 1e-9
+
+
 @pytest.mark.parametrize("merge, factor", [("sum", 4), ("mean", 1)])
 def test_identity_mixer_gives_k_times_identity(merge, factor):
     x = torch.randint(-9, 9, (2, 15, 3)).float()

@@ -54,7 +54,7 @@ class Parts(Form):
     connector: str | None = None
     connector_args: Annotated[dict[str, Any], AfterValidator(_sane)] | None = None
     scan: str | None = None
-    language: str | None = None
+    language: str | Annotated[dict[str, Any], AfterValidator(_sane)] | None = None
 
 
 class EasyVQA(Form):

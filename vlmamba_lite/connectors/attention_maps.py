@@ -11,6 +11,7 @@ import torch
 
 from .msc import MVSS
 from .vss import vss_inputs
+from ..layers.mamba import Mamba
 from ..ops.reference import prepare_scan
 from ..ops.ssd import decay_matrix, per_head, split_sum
 
@@ -65,6 +66,8 @@ def vss_attention(vss, x, size, channels=64):
 
     x (b, height × width, dim), the input of the VSS -> (b, K, L, L): entry (i, j) is what patch i takes up of patch j,
     both numbered in the picture's row-major order. `channels`: how many to average, evenly spaced; of heads all."""
+    if not isinstance(vss, MVSS) and not isinstance(vss.mixers[0], Mamba):
+        raise ValueError(f"vss: got a mixer {type(vss.mixers[0]).__name__}, need Mamba, or MVSS")
     order, maps = vss.order(x, size), []
     if isinstance(vss, MVSS):
         p, n = vss.inputs(x, order)[1], vss.nheads

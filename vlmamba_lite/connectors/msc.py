@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .connectors import ACTIVATIONS, CONNECTORS, NORMS
-from .vss import SCANS, check_tokens, choose, scan_order, unscan
+from .vss import SCANS, VSS, check_tokens, choose, scan_order, unscan
 from ..layers.mamba import causal_conv1d, init_dt_bias, inner_width, no_weight_decay
 from ..layers.mamba2 import GatedRMSNorm, split_sizes, step_limits
 from ..ops.reference import scan_dtype
@@ -121,11 +121,17 @@ class MSCSwiGLU(nn.Module):
 
 # %% ../../nbs/connectors/13_msc.ipynb #5cbc9d6d
 class MSCBlock(nn.Module):
-    "A block of MSC as ML-Mamba's Figure 4 draws it: x + MVSS(norm(x)), then SwiGLU in the advanced form."
-    def __init__(self, dim, scan="bsm", form="advanced", norm="rmsnorm", swiglu_dim=None, **mvss_args):
+    """A block of MSC as ML-Mamba's Figure 4 draws it: x + MVSS(norm(x)), then SwiGLU in the advanced form.
+
+    mixer: "mamba2", MVSS; "mamba3", a `VSS` of Mamba-3, in which inner_norm is its norm of each head."""
+    def __init__(self, dim, scan="bsm", form="advanced", norm="rmsnorm", swiglu_dim=None, mixer="mamba2",
+                 inner_norm=False, **mvss_args):
         super().__init__()
         self.norm = choose("norm", norm, NORMS)(dim, eps=1e-5)
-        self.mvss = MVSS(dim, scan, **mvss_args)
+        if choose("mixer", mixer, ("mamba2", "mamba3")) == "mamba2":
+            self.mvss = MVSS(dim, scan, inner_norm=inner_norm, **mvss_args)
+        else:
+            self.mvss = VSS(dim, scan, mixer, is_outproj_norm=inner_norm, **mvss_args)
         choose("form", form, ("basic", "advanced"))
         self.swiglu = MSCSwiGLU(dim, swiglu_dim) if form == "advanced" else nn.Identity()
 
@@ -152,7 +158,7 @@ class MambaScanConnector(nn.Module):
 
     `form`: "basic" or "advanced" (with SwiGLU). `variant`: "paper", or "released" for what the authors' code does.
     `blocks`, `norm`, `merge`, `inner_norm`: by default those of the variant (see `VARIANTS`); 0 blocks is the paper's
-    plain MLP. `hidden_dim` of the MLP (4 times its input), `activation`, `swiglu_dim`; the rest goes to `MVSS`."""
+    plain MLP. `hidden_dim` of the MLP (4 times its input), `activation`; the rest goes to the blocks and to `MVSS`."""
     def __init__(self, vision_dim, language_dim, scan="bsm", form="advanced", variant="paper", hidden_dim=None,
                  activation="gelu", blocks=None, norm=None, **args):
         super().__init__()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIXERS', 'LARGEST', 'KINDS', 'LOGITS_AT_ONCE', 'check_arguments', 'MambaConfig', 'read_stream', 'SwiGLU', 'Block',
            'Backbone', 'check_range', 'next_labels', 'next_token_loss', 'LMOutput', 'MambaLM', 'check_inputs',
-           'last_token', 'select_state', 'clone_state', 'save_state', 'load_state']
+           'last_token', 'select_state', 'mix_states', 'clone_state', 'save_state', 'load_state']
 
 # %% ../../nbs/language/08_model.ipynb #0de8ee9a
 import math
@@ -36,7 +36,7 @@ MIXERS = {"mamba": Mamba, "mamba2": Mamba2, "mamba3": Mamba3, "attention": Atten
 
 LARGEST = 2 ** 22                       # of any number in a configuration: what is above is a slip and would fill the m
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "named values",
-         type(None): "nothing"}
+         list: "a list", type(None): "nothing"}
 
 
 def check_arguments(where, given, *makers):
@@ -67,29 +67,44 @@ class MambaConfig:
     n_layer: int = 24                   # one mixer each and no MLP: twice the depth of a Transformer of that size
     vocab_size: int = 50277             # the tokens that exist: those of the GPT-NeoX tokenizer
     pad_vocab_size_multiple: int = 8    # 50277 -> 50280 rows; the Mamba-2 checkpoints use 16 -> 50288
-    mixer: str = "mamba"                # a name in MIXERS
-    mixer_args: dict = field(default_factory=dict)      # of that class: d_state, d_conv, expand, headdim, ...
+    mixer: str | list = "mamba"         # a name in MIXERS, or a list of them, one for each layer: a hybrid
+    mixer_args: dict = field(default_factory=dict)      # of that class: d_state, d_conv, ...; hybrid: {name: {...}}
     norm_eps: float = 1e-5              # official
     tie_embeddings: bool = True         # embedding and head share one table; at 130M it is 30 % of the parameters
     embedding_std: float = 0.02         # official; small, so that a new model finds every word about equally likely
     residual_in_fp32: bool = True       # the stream is a sum over all layers: see below
-    d_intermediate: int | None = None   # width of an MLP after each mixer; None: 0, for attention 8/3 of d_model
+    d_intermediate: int | None = None   # width of an MLP after each mixer; None: 0, for attention alone 8/3 of d_model
 
     def __post_init__(self):
         check_arguments("configuration", vars(self), MambaConfig)
-        if self.mixer not in MIXERS:
-            raise ValueError(f"mixer: got {self.mixer!r}, need one of {sorted(MIXERS)}")
+        hybrid = isinstance(self.mixer, list)
+        for name in self.mixer if hybrid else [self.mixer]:
+            if not isinstance(name, str) or name not in MIXERS:
+                raise ValueError(f"mixer: got {reprlib.repr(name)}, need one of {sorted(MIXERS)}")
         limits = dict(d_model=2 ** 17, n_layer=1024, vocab_size=LARGEST, pad_vocab_size_multiple=LARGEST)
         for name, most in limits.items():
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name}: got {getattr(self, name)}, need 1 to {most:,}")
-        check_arguments("mixer_args", self.mixer_args, MIXERS[self.mixer])
+        if len(self.mixers) != self.n_layer:
+            raise ValueError(f"mixer: got {len(self.mixers)} names, need {self.n_layer} as n_layer says")
+        if hybrid and not all(name in self.mixers and isinstance(v, dict) for name, v in self.mixer_args.items()):
+            need = f"arguments by the names of mixers, as {self.mixers[0]}: {{...}}"
+            raise ValueError(f"mixer_args: got {reprlib.repr(self.mixer_args)}, need {need}")
+        for name in set(self.mixers):
+            check_arguments("mixer_args", self.args_of(name), MIXERS[name])
         # rows of the embedding table: padded, because matrix products on GPUs are fastest at such sizes
         self.padded_vocab_size = -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
         usual = math.ceil(self.d_model / 3) * 8 if self.mixer == "attention" else 0
         self.mlp_width = usual if self.d_intermediate is None else self.d_intermediate
 
+    @property
+    def mixers(self):
+        "The name of each layer's mixer."
+        return list(self.mixer) if isinstance(self.mixer, list) else [self.mixer] * self.n_layer
 
+    def args_of(self, name):
+        "The arguments of the mixers of this name."
+        return self.mixer_args.get(name, {}) if isinstance(self.mixer, list) else self.mixer_args
 
 # %% ../../nbs/language/08_model.ipynb #2391a915
 def read_stream(norm, x):
@@ -113,10 +128,11 @@ class SwiGLU(nn.Module):
 # %% ../../nbs/language/08_model.ipynb #76ee2117
 class Block(nn.Module):
     "One layer on the stream, x + mixer(norm(x)) (arXiv 2312.00752, section 3.4); the same with an MLP if it has one."
-    def __init__(self, config):
+    def __init__(self, config, layer=0):
         super().__init__()
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.mixer = MIXERS[config.mixer](config.d_model, **config.mixer_args)
+        name = config.mixers[layer]
+        self.mixer = MIXERS[name](config.d_model, **config.args_of(name))
         if hasattr(self.mixer, "norm"):
             self.mixer.norm.eps = config.norm_eps
         self.residual_in_fp32 = config.residual_in_fp32
@@ -151,7 +167,7 @@ class Backbone(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm_f = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.recompute = False                           # activation checkpointing
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
@@ -235,7 +251,7 @@ class LMOutput(NamedTuple):
 
 # %% ../../nbs/language/08_model.ipynb #fddf672a
 class MambaLM(nn.Module):
-    "A language model of Mamba, Mamba-2 or attention layers, `MambaLM(MambaConfig(...))`. Official parameter names."
+    "A language model of layers of one kind or several, `MambaLM(MambaConfig(...))`. Official parameter names."
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -376,11 +392,11 @@ def check_inputs(lm, ids, embeds=None, mask=None, state=None, name="input_ids"):
     if not isinstance(state, list | tuple) or len(state) != len(layers):
         got = f"{len(state)} layers" if isinstance(state, list | tuple) else type(state).__name__
         raise ValueError(f"state: got {got}, need {len(layers)} layers")
-    need = layers[0].mixer.state_type
-    if not isinstance(state[0], need):
-        raise ValueError(f"state: got {type(state[0]).__name__} in each layer, need {need.__name__}")
-    if len(state[0][0]) != len(x):
-        raise ValueError(f"state: got {len(state[0][0])} rows, need {len(x)} as the input has")
+    for i, (s, layer) in enumerate(zip(state, layers)):
+        if not isinstance(s, need := layer.mixer.state_type):
+            raise ValueError(f"state: got {type(s).__name__} in layer {i}, need {need.__name__}")
+        if len(s[0]) != len(x):
+            raise ValueError(f"state: got {len(s[0])} rows, need {len(x)} as the input has")
 
 
 def last_token(mask):
@@ -395,6 +411,16 @@ def select_state(state, rows):
     return [type(s)(*(part[rows] for part in s)) for s in state]
 
 
+def mix_states(rows, new, old):
+    "`new` in the rows (b,) that are True, else `old`. Where attention has read unequally many tokens, pads fill up."
+    def mixed(a, b):
+        if a.shape[1] != b.shape[1]:
+            length = max(a.shape[1], b.shape[1])
+            a, b = (F.pad(i, (0, 0) * (i.ndim - 2) + (0, length - i.shape[1])) for i in (a, b))
+        return torch.where(rows.view(-1, *[1] * (a.ndim - 1)), a, b)
+    return [type(s)(*map(mixed, s, other)) for s, other in zip(new, old, strict=True)]
+
+
 def clone_state(state):
     "A copy that shares no memory with `state` and no gradient."
     return [type(s)(*(part.detach().clone() for part in s)) for s in state]
@@ -406,7 +432,8 @@ def save_state(state, path):
     tensors = {}
     for i, s in enumerate(state):
         tensors |= {f"{i}.{name}": part.detach().contiguous() for name, part in s._asdict().items()}
-    header = {"state": type(state[0]).__name__, "layers": str(len(state))}
+    kinds = [type(s).__name__ for s in state]            # one name for all layers, or one for each
+    header = {"state": ",".join(kinds if len(set(kinds)) > 1 else kinds[:1]), "layers": str(len(state))}
     write_atomically(path, lambda part: save_file(tensors, part, header))
 
 
@@ -415,7 +442,9 @@ def load_state(path, device="cpu"):
     with naming(path), safe_open(path, "pt", device=str(device)) as file:
         kinds = {mixer.state_type.__name__: mixer.state_type for mixer in MIXERS.values()}
         header = file.metadata() or {}
-        if header.get("state") not in kinds:
+        names = str(header.get("state")).split(",")
+        if not set(names) <= set(kinds):
             raise ValueError(f"got state {header.get('state')!r}, need one of {sorted(kinds)}, as save_state writes it")
-        kind = kinds[header["state"]]
-        return [kind(*(file.get_tensor(f"{i}.{name}") for name in kind._fields)) for i in range(int(header["layers"]))]
+        names *= int(header["layers"]) if len(names) == 1 else 1
+        return [kinds[kind](*(file.get_tensor(f"{i}.{name}") for name in kinds[kind]._fields))
+                for i, kind in enumerate(names)]

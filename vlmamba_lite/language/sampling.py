@@ -84,7 +84,7 @@ def check_generation(vocab_size, max_new_tokens, stop_ids=(), stop_strings=(), d
 # %% ../../nbs/language/sampling.ipynb #7738c8cc
 def check_graph(lm, device):
     "Raises a ValueError unless steps of this model can be captured."
-    if device.type != "cuda" or lm.config.mixer == "attention":
+    if device.type != "cuda" or "attention" in lm.config.mixers:
         raise ValueError(f"graph: got {lm.config.mixer} on {device}, need a state of fixed size on a CUDA device")
 
 

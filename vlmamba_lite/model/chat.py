@@ -40,17 +40,18 @@ class PromptFormat:
 def checked_state(model, state):
     "Raises one ValueError unless `state` has the layers and shapes of this model's language model. Returns it."
     layers = model.language.backbone.layers
-    need = layers[0].mixer.empty_state(1, device="meta")
-    grows = {1} if model.config.language.mixer == "attention" else ()            # keys and values: one for each token
+    need = [layer.mixer.empty_state(1, device="meta") for layer in layers]
 
-    def form(s):
-        return [tuple(n for i, n in enumerate(part.shape[1:], 1) if i not in grows) for part in s]
+    def form(s, empty):                                  # of keys and values, of which there are none yet, any number
+        return [tuple(n for n, m in zip(part.shape[1:], e.shape[1:]) if m) for part, e in zip(s, empty)]
     if not isinstance(state, list) or not all(isinstance(s, tuple) and hasattr(s, "_fields") for s in state):
         raise ValueError(f"image: got {type(state).__name__}, need a PIL picture, or a state from read_image")
-    if len(state) != len(layers) or any(type(s) is not type(need) or form(s) != form(need) for s in state):
-        got = f"{type(state[0]).__name__} {form(state[0])}" if state else "nothing"
-        raise ValueError(f"state: got {len(state)} layers of {got}, need {len(layers)} of {type(need).__name__} "
-                         f"{form(need)}; it is from another model")
+    wrong = [i for i, (s, n) in enumerate(zip(state, need)) if type(s) is not type(n) or form(s, n) != form(n, n)]
+    if len(state) != len(layers) or wrong:
+        i = wrong[0] if wrong else 0
+        got = f"{type(state[i]).__name__} {form(state[i], state[i])}" if state else "nothing"
+        raise ValueError(f"state: got {len(state)} layers of {got}, need {len(layers)} of {type(need[i]).__name__} "
+                         f"{form(need[i], need[i])}; it is from another model")
     return state
 
 # %% ../../nbs/model/chat.ipynb #dd07dfcc

@@ -105,11 +105,12 @@ def _per_row_and_fixed(run, model):
 
 @cache
 def _probe(model, trains, precision, length):
-    """What a step keeps of a `meta_model`: ((bytes a picture, fixed) of encoder and connector, visual tokens, (bytes a
-    token, fixed) of one layer of the language model)."""
+    """What a step keeps of a `meta_model`: ((bytes a picture, fixed) of encoder and connector, visual tokens, {mixer:
+    (bytes a token, fixed) of one such layer of the language model})."""
     model = copy.deepcopy(model).train()
-    layer, d_model = model.language.backbone.layers[0], model.config.language.d_model
-    model.language.backbone.layers = model.language.backbone.layers[:1]
+    mixers, d_model = model.config.language.mixers, model.config.language.d_model
+    layers = {name: model.language.backbone.layers[mixers.index(name)] for name in set(mixers)}
+    model.language.backbone.layers = nn.ModuleList(layers.values())
     for name, part in model.named_children():
         part.requires_grad_(name in trains)
     for tower in getattr(model.vision, "towers", [model.vision]):
@@ -122,8 +123,10 @@ def _probe(model, trains, precision, length):
         front = _per_row_and_fixed(lambda rows: model.see(torch.empty(rows, *shape)), model) if gradient else (0, 0)
         length = min(tokens + length, 256)
         stream = partial(torch.empty, requires_grad=gradient)
-        row, fixed = _per_row_and_fixed(lambda rows: layer(stream(rows, length, d_model)), model)
-    return front, tokens, (row / length, fixed)
+        for name, layer in layers.items():
+            row, fixed = _per_row_and_fixed(lambda rows: layer(stream(rows, length, d_model)), model)
+            layers[name] = row / length, fixed
+    return front, tokens, layers
 
 # %% ../../nbs/model/memory.ipynb #145588e4
 def _optimizer_bytes(model, trains, optimizer):
@@ -157,15 +160,15 @@ def memory_estimate(config, trains=("connector", "language"), batch_size=1, leng
                  ema=trained if ema else 0)
     parts = {name: -(-size // (processes if sharded else 1)) for name, size in parts.items()}
 
-    front, tokens, layer = _probe(model, tuple(sorted(trains)), precision, min(length, 256))
-    (picture, picture_fixed), (token, layer_fixed) = front, layer
-    layers, row = c.n_layer, tokens + length
-    kept = layers * token * row
+    (picture, picture_fixed), tokens, layers = _probe(model, tuple(sorted(trains)), precision, min(length, 256))
+    token, fixed = zip(*(layers[name] for name in c.mixers))
+    row = tokens + length
+    kept = sum(token) * row
     if checkpointing:                      # the stream in front of each layer, and one layer that is run again
-        kept = layers * 4 * c.d_model * row + token * row
-    copies = 1 if checkpointing and "language" not in trains else layers      # autocast keeps copies of what is trained
+        kept = c.n_layer * 4 * c.d_model * row + max(token) * row
+    copies = max(fixed) if checkpointing and "language" not in trains else sum(fixed)   # autocast's, of what is trained
     head = 2 * c.padded_vocab_size * c.d_model if precision == "bf16" else 0
-    parts |= dict(copies=picture_fixed + copies * layer_fixed + head, activations=batch_size * round(picture + kept),
+    parts |= dict(copies=picture_fixed + copies + head, activations=batch_size * round(picture + kept),
                   logits=12 * min(batch_size * length * c.vocab_size, LOGITS_AT_ONCE))
     return parts | {"total": sum(parts.values())}
 

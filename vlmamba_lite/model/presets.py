@@ -9,17 +9,18 @@ __all__ = ['MODEL_PRESETS', 'SIGLIP', 'DINOV2', 'VISION_ENCODERS', 'LANGUAGE_MOD
 
 # %% ../../nbs/model/presets.ipynb #98d56ee2
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from inspect import signature
 
 import torch
 
-from ..connectors.msc import MVSS      # adds the connectors of its module to CONNECTORS, too
+from ..connectors.msc import MVSS, MSCBlock      # adds the connectors of its module to CONNECTORS, too
 from ..connectors.connectors import CONNECTORS
 from ..connectors.vss import SCANS, VSS, choose
 from ..files import naming
 from ..language.model import MambaConfig, check_arguments
 from ..layers.mamba import Mamba
+from ..layers.mamba3 import Mamba3
 from ..vision.images import IMAGENET_COLOURS
 from ..vision.towers import ENCODERS, TOWER_SHAPES
 
@@ -39,7 +40,8 @@ class VLMambaConfig:
         check_arguments("configuration", vars(self), VLMambaConfig)
         if self.connector not in CONNECTORS:
             raise ValueError(f"connector: got {self.connector!r}, need one of {sorted(CONNECTORS)}")
-        check_arguments("connector_args", self.connector_args, CONNECTORS[self.connector], VSS, MVSS, Mamba)
+        makers = CONNECTORS[self.connector], MSCBlock, VSS, Mamba3, MVSS, Mamba
+        check_arguments("connector_args", self.connector_args, *makers)
         if (kind := self.vision.get("kind", "conv")) in ("conv", "vit"):
             given = {name: value for name, value in self.vision.items() if name != "kind"}
             check_arguments("vision", given, ENCODERS[kind])
@@ -122,7 +124,8 @@ def check_connector(config):
 
 def override(config, **changes):
     """A configuration with parts exchanged: `vision` and `language` (names in VISION_ENCODERS and LANGUAGE_MODELS,
-    or values as `VLMambaConfig` takes them), `connector`, `scan`, and `connector_args`, added to those there are."""
+    or values as `VLMambaConfig` takes them; a dict of fields changes the language model that is there), `connector`,
+    `scan`, and `connector_args`, added to those there are."""
     known = ("vision", "connector", "connector_args", "scan", "language")
     if unknown := sorted(set(changes) - set(known)):
         raise ValueError(f"override: got {', '.join(unknown)}, need some of {', '.join(known)}")
@@ -130,6 +133,9 @@ def override(config, **changes):
     vision = vision_spec(vision) if isinstance(vision, str) else vision
     if isinstance(language, str):
         language = language_config(language, config.language.vocab_size)
+    if isinstance(language, dict):
+        other = language.get("mixer", config.language.mixer) != config.language.mixer    # whose arguments differ
+        language = asdict(config.language) | ({"mixer_args": {}} if other else {}) | language
     connector, args = changes.get("connector") or config.connector, dict(config.connector_args)
     scans = "scan" in signature(choose("connector", connector, CONNECTORS)).parameters
     if connector != config.connector:

@@ -31,7 +31,7 @@ library_name: vlmamba_lite
 pipeline_tag: image-text-to-text
 tags:
 - vl-mamba
-- {language.mixer}
+- {mixer}
 widget:
 - example_title: A picture and a question
   messages:
@@ -43,7 +43,7 @@ widget:
 
 # A VL-Mamba
 
-Vision encoder `{vision}`, connector `{connector}`, language model `{language.mixer}` of
+Vision encoder `{vision}`, connector `{connector}`, language model `{mixer}` of
 {language.n_layer} layers and width {language.d_model}.
 
 | | vision | connector | language | total |
@@ -76,8 +76,10 @@ def model_card(model, name="this folder"):
     sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
     known = model.tokenizer is not None and model.tokenizer.token_to_id("shape") is not None     # a small model's word
     question = "what color is the shape?" if known else "what is this?"
-    return _CARD.format(question=question, language=c.language, connector=c.connector, sizes=sizes, note=_WRITTEN_BY_US,
-                        vision=c.vision.get("kind", "conv"), total=sum(sizes.values()), name=name)
+    mixer = "-".join(dict.fromkeys(c.language.mixers))
+    return _CARD.format(question=question, language=c.language, mixer=mixer, connector=c.connector,
+                        sizes=sizes, note=_WRITTEN_BY_US, vision=c.vision.get("kind", "conv"),
+                        total=sum(sizes.values()), name=name)
 
 
 def save_model(model, folder, card=None, max_shard_size="5GB"):

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from ..data.pictures import normalize, process_images, to_rgb
-from ..language.model import MambaLM, select_state
+from ..language.model import MambaLM, mix_states, select_state
 from .chat import Chat, PromptFormat, checked_state
 from ..connectors.connectors import CONNECTORS
 from .presets import DINOV2, VLMambaConfig, check_connector
@@ -89,8 +89,7 @@ class VLMamba(nn.Module):
             if new is None and state is not None:
                 new = [type(s)(*map(torch.zeros_like, s)) for s in state]
             if state is not None:
-                begins = [[(text >= 0).view(-1, *[1] * (part.ndim - 1)) for part in s] for s in state]
-                new = [type(s)(*map(torch.where, b, n, s)) for b, n, s in zip(begins, new, state)]
+                new = mix_states(text >= 0, new, state)
             x, state = self.language.hidden(batch.input_ids[:, start:end], mask=batch.mask[:, start:end], state=new)
             pieces.append(x)
         return self.language.output(torch.cat(pieces, 1), None, batch.labels, batch.mask, batch.learns)
