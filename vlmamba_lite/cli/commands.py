@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'TRAINING', 'ASKING', 'MEASURING', 'ModelFolder', 'TemplateName', 'Tokens', 'Temperature', 'TopK', 'TopP',
-           'DrawSeed', 'TRAIN_HELP', 'data', 'export', 'main', 'ask_command', 'chat_command', 'demo_command',
-           'named_values', 'option_settings', 'resume_line', 'print_result', 'what_is_left', 'start_training',
-           'train_command', 'eval_command', 'ablate_command', 'check_command', 'export_web_command']
+           'DrawSeed', 'TRAIN_HELP', 'data', 'main', 'ask_command', 'chat_command', 'demo_command', 'named_values',
+           'option_settings', 'resume_line', 'print_result', 'what_is_left', 'start_training', 'train_command',
+           'eval_command', 'ablate_command', 'check_command']
 
 # %% ../../nbs/cli/commands.ipynb #2626e110
 import json
@@ -363,19 +363,3 @@ def check_command(
         report = check_data(open_data(path, root), opened, template, max_length, limit)
     print(json.dumps(report) if as_json else report_table(report))
     raise typer.Exit(1 if report["errors"] else 0)
-
-# %% ../../nbs/cli/commands.ipynb #c565fe29
-export = typer.Typer(no_args_is_help=True, help="Write a trained model in another form.")
-app.add_typer(export, name="export", rich_help_panel=ASKING)
-
-
-@export.command("web", epilog="Example: vlmamba export web --model runs/lite-seed0 --output live_weights.js")
-def export_web_command(model: option(Path, "the folder of a trained model, e.g. runs/lite-seed0", "DIR"),
-                       output: option(Path, "the script to write, as nbs/explorables/live_weights.js", "FILE")):
-    "Writes the small model as a script, for a web page that answers without a server."
-    with clean_errors():
-        from vlmamba_lite.files import check_output
-        from vlmamba_lite.model.web import export_web
-        check_output(output)
-        size = export_web(model, output)
-    console.print(f"{output}: {size:,} bytes", soft_wrap=True, markup=False)

@@ -23,10 +23,12 @@ EXPORTS = {                                              # kind -> (where its fu
     "onnx": ("model.export_onnx:export_onnx", {"int8": False},
              "A folder for onnxruntime: graphs that read a picture, and one step of the language model."),
     "gguf": ("model.export_gguf:export_gguf", {},
-             "A file for llama.cpp: the language model, Mamba or Mamba-2, with its tokenizer.")}
+             "A file for llama.cpp: the language model, Mamba or Mamba-2, with its tokenizer."),
+    "web": ("model.web:export_web", {},
+            "A script for a web page that answers without a server: a small model on Mamba-2, its weights in 8 bits.")}
 EXPORT_ARGUMENTS = {
     "model": argument(str, "the folder of a trained model, e.g. runs/lite-seed0, or a model on the Hub"),
-    "output": argument(Path, "where to write: a folder, or for gguf a file"),
+    "output": argument(Path, "where to write: a folder, or for gguf and web a file"),
     "int8": option(bool, "the language model in 8 bits: smaller, and answers may differ", None, "--int8")}
 
 
@@ -36,8 +38,8 @@ def add_export(kind, place, usual, text):
         with clean_errors():
             from vlmamba_lite.files import check_output
             from vlmamba_lite.model.export import open_any
-            check_output(output, folder=kind != "gguf")
-            resolve_name(f"vlmamba_lite.{place}")(open_any(model), output, **options)
+            check_output(output, folder=kind not in ("gguf", "web"))
+            resolve_name(f"vlmamba_lite.{place}")(model if kind == "web" else open_any(model), output, **options)
         console.print(f"the model is in {output}", soft_wrap=True, markup=False)
     command.__signature__ = inspect.Signature(
         [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=EXPORT_ARGUMENTS[name],
