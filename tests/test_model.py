@@ -281,7 +281,7 @@ def test_asking_leaves_the_model_as_it_was(make_model):
     before = {name: t.clone() for name, t in model.state_dict().items()}
     state = model.read_image(picture())
     answer = model.ask(picture(), QUESTION)
-    assert model.training and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(part.training for part in model.modules()) and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     wanted = model.eval().read_image(picture())
     assert all(torch.equal(a, b) for x, y in zip(state, wanted) for a, b in zip(x, y)) and answer == model.ask(wanted, QUESTION)
 
