@@ -207,6 +207,21 @@ def test_sequence_pieces_steps_and_pads_agree(options):
         assert not y[~mask].any() and not y.isnan().any()
 
 
+@settings(deadline=None, max_examples=25)
+@given(L=st.integers(1, 130), chunk=st.integers(1, 70), groups=st.sampled_from([1, 2, 4]), R=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99))
+def test_blocks_of_any_length_chunk_groups_and_mask(L, chunk, groups, R, seed):
+    "From a state, in chunks and as the recurrence; and its last row as if it were alone and had no pads."
+    block = random_block(seed, headdim=4, ngroups=groups, is_mimo=R > 1, mimo_rank=R, chunk_size=chunk).double()
+    x, start, mask = torch.randn(2, L, 16).double(), random_state(block, 2), torch.rand(2, L) < 0.7
+    mask[1, -1] = True
+    with torch.no_grad():
+        y, end = block(x, start, mask, return_state=True)
+        block.backend = "recurrent"
+        close((y, end), block(x, start, mask, return_state=True))
+        alone, last = block(x[1:, mask[1]], Mamba3State(*(s[1:] for s in start)), return_state=True)
+    close((y[1:, mask[1]], Mamba3State(*(s[1:] for s in end))), (alone, last))
+
+
 @pytest.mark.parametrize("options", [CONFIGS["siso"], CONFIGS["mimo norm"]], ids=["siso", "mimo"])
 def test_gradcheck_with_state_and_pads(options):
     block = random_block(width=2, **options | dict(d_state=4, headdim=2, expand=2, chunk_size=2)).double()
