@@ -383,7 +383,7 @@ def test_the_command_line_goes_on_with_a_model_and_learns_words(folder, tmp_path
     dry = command(*given, "--dry-run")
     assert dry.exit_code == 0 and f"weights: {folder}" in dry.output.replace("\n", "").replace("  ", " ")
     refused = command(*given, "--connector", "mlp", "--output", tmp_path / "other")
-    assert refused.exit_code == 1 and "weights: got a model in" in refused.stderr and "and connector, need one of the two" in refused.stderr.replace("\n", " ")
+    assert refused.exit_code == 2 and "weights: got a model in" in refused.stderr and "and connector, need one of the two" in refused.stderr.replace("\n", " ")
 
 
 def rows_of(small, count=12):
@@ -434,7 +434,7 @@ def learner(small):
     "A tiny model, and its configuration where the trainers look for it."
     pytest.importorskip("accelerate", reason="Trainer needs accelerate: pip install 'vlmamba_lite[hf]'")
     model = build(small.tokenizer)
-    small.config = model.config.parts
+    small.config, small.words = model.config.parts, small.tokenizer.get_vocab_size()
     return model
 
 
@@ -466,6 +466,9 @@ def test_trl_learns_what_the_library_learns(small, learner, tmp_path):
         want, = encode_conversation(Conversation("1", [], [tuple(message["content"] for message in row["messages"])]), small.tokenizer, "lite")
         n = len(want.labels)
         assert batch["labels"][i, 64:64 + n].tolist() == want.labels and (batch["labels"][i, 64 + n:] == -100).all()
+    everything = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)          # without assistant_only_loss
+    losses = [learner(**batch | dict(labels=labels), fused_lm_head=True).loss for labels in (everything, everything.masked_fill(everything == small.words, -100))]
+    assert torch.equal(*losses) and not torch.equal(losses[0], learner(**batch, fused_lm_head=True).loss)
 
 
 def linears(model):

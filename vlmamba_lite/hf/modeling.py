@@ -7,6 +7,7 @@ __all__ = ['CACHE', 'IMAGE', 'VLMambaHFConfig', 'StateCache', 'VLMambaOutput', '
 
 # %% ../../nbs/hf/modeling.ipynb #f11c58d2
 from dataclasses import asdict, dataclass
+from functools import wraps
 
 import torch
 from tokenizers import Tokenizer
@@ -210,6 +211,18 @@ class VLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
                 module.eval()
         return self
+
+    def __setattr__(self, name, value):
+        "As of every module; a `forward` with another loss, as TRL puts in its place, gets no label at <image>, either."
+        if name != "forward":
+            return super().__setattr__(name, value)
+
+        @wraps(value)
+        def forward(*args, labels=None, **given):
+            if labels is not None:
+                labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+            return value(*args, labels=labels, **given)
+        object.__setattr__(self, name, forward)
 
     # reading
 
