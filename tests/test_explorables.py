@@ -256,6 +256,21 @@ def test_colab_link(browser):
     page.close()
 
 
+@pytest.mark.parametrize("notebook, folded", [("ops/01_reference", [True, False, False]), ("ops/triton", [True, True, False])])
+def test_what_is_folded_on_the_site(browser, notebook, folded):
+    "Imports everywhere, exported source in the workshop; other code stays open. What scrolls can be reached by keyboard, the search has a name."
+    page = browser.new_page(viewport={"width": 400, "height": 600})
+    url = f"https://github.com/someone/vlmamba_lite/blob/main/nbs/{notebook}.ipynb"
+    cells = [("Exported source", "import torch\nfrom x import (a,\n   b)\n\n# a remark"), ("Exported source", "def f():\n    return 1"), ("Code", "x = f()  # " + "long " * 60)]
+    page.set_content(f'<ul><li><a href="{url}" class="toc-action"><i></i>View source</a></li></ul><div id="quarto-search"><button></button></div><main>' + "".join(
+        f'<details class="code-fold" open><summary>{summary}</summary><pre style="overflow: auto"><code>{code}</code></pre></details>' for summary, code in cells)
+        + "</main>" + (ROOT / "nbs" / "colab.html").read_text())
+    assert page.evaluate("[...document.querySelectorAll('details')].map(d => !d.open)") == folded
+    assert page.evaluate("[...document.querySelectorAll('pre')].map(p => p.tabIndex)")[2] == 0
+    assert page.locator("#quarto-search button").get_attribute("aria-label") == "Search"
+    page.close()
+
+
 @pytest.mark.parametrize("name", NOTEBOOK)
 def test_twice_on_a_page(load, name):
     "Two of a kind have each their own state, and running the script again builds none twice."

@@ -1,6 +1,7 @@
 """The model in the page, in a real browser: its answers, logits, state and attention are those of the library, by mouse, finger and keyboard."""
 import base64
 import json
+import os
 import re
 import shutil
 import time
@@ -133,10 +134,10 @@ def test_answers_and_logits_of_500_pictures(bare, model, cases):
         start = time.perf_counter()
         found += bare.evaluate(ASK, [[as_bytes(p) for p in pictures[at:at + 50]], questions[at:at + 50]])
         times.append(time.perf_counter() - start)
-    seconds = len(times) * min(times)                       # the quickest fifty tell: other tests run beside
+    share = max(1, os.getloadavg()[0] / os.cpu_count())      # where more programs run than there are cores, each gets less
     ours = answer(model, list(zip(pictures, questions)), batch_size=100, max_new_tokens=8)
     assert [one["answer"] for one in found] == ours
-    assert len(set(ours)) > 12 and seconds < 60
+    assert len(set(ours)) > 12 and sum(times) < 60 * share
     worst = 0
     with torch.no_grad():
         states = model.read(normalize(pictures))
@@ -146,7 +147,7 @@ def test_answers_and_logits_of_500_pictures(bare, model, cases):
             worst = max(worst, (logits - torch.tensor(one["logits"])).abs().max().item())
     assert worst < 1e-3
     assert {one["bytes"] for one in found} == {state_bytes(select_state(states, torch.tensor([0])))} == {86_016}
-    print(f"{COUNT} of {COUNT} in {sum(times):.1f} s, {seconds:.1f} s at the quickest pace, logits within {worst:.1e}")
+    print(f"{COUNT} of {COUNT} in {sum(times):.1f} s, {share:.1f} programs a core, logits within {worst:.1e}")
 
 
 def test_the_weights_are_those_of_the_run():
@@ -276,7 +277,7 @@ def test_starts_and_answers_at_once(open_page, model):
       return [loaded - start, performance.now() - loaded]; })""")
     started = page.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd")
     print(f"page {started:.0f} ms, loading {min(t[0] for t in times):.0f} ms, reading and answering {min(t[1] for t in times):.0f} ms")
-    assert min(t[1] for t in times) < 200 and started < 4000 and min(t[0] for t in times) < 500
+    assert min(t[1] for t in times) < 200 and started < 2000 and min(t[0] for t in times) < 500
     assert page.locator(".explorable[data-ready]").count() == 1 and len(said(page)) == 1
 
 
