@@ -228,7 +228,7 @@ def test_patterns():
     import numpy as np
     need = np.array([[1., 2.5, 4.], [7., -3., 0.5], [2., 8., 5.]])
     made = {"sign": -need, "reversed": need[::-1], "exchanged": need.T, "late": np.roll(need, 1, 0), "early": np.roll(need, -1, 0),
-            "factor": 3 * need, "amount": need + 2}
+            "factor": 3 * need, "amount": need + 2, "zero": 0 * need}
     for word, got in made.items():
         assert word in _pattern(got, need), word
     assert _pattern(need ** 2, need) == ""
