@@ -64,6 +64,8 @@ def llama(path):
     import xllamacpp
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.verbosity = str(path), 512, 1, 0
+    for cpu in (params.cpuparams, params.cpuparams_batch):
+        cpu.n_threads, cpu.poll = 1, 0                                 # idle threads sleep
     server = xllamacpp.Server(params)
 
     def write(prompt, tokens):

