@@ -118,7 +118,8 @@ def draw_items(items, rng, varied=False, side=PAGE):
         y, x = np.ogrid[:side, :side]
         stripes = (x + rng.integers(-1, 2) * y) // rng.integers(3, 12) % 2 == 0
         second = stripes if kind == "stripes" else rng.random((side, side), np.float32) < 0.1
-        page.paste(tuple(other), None, Image.fromarray(np.broadcast_to(second, (side, side)).astype(np.uint8) * 255))
+        second = Image.fromarray(np.broadcast_to(second, (side, side)).astype(np.uint8) * 255)
+        page.paste(tuple(other), None, second)
     for item in items:
         left, top, size = (round(pixels * side / PAGE) for pixels in (item.left, item.top, item.size))
         picture = item.drawing.varied(size, rng) if varied else item.drawing.picture(size)
@@ -187,7 +188,7 @@ def same_list(said, answer):
     return sorted(said.split(BETWEEN)) == sorted(answer.split(BETWEEN))
 
 # %% ../../nbs/data/emoji.ipynb #e0c85624
-ALWAYS = ("name", "list")                      # the kinds that say most; a record with few turns begins with one of them
+ALWAYS = ("name", "list")                      # the kinds that say most: a record with few turns begins with one
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def _contents(source, most):
     if isinstance(data := getattr(source, "data", None), VQASet):
         yield from (data.images.numpy().data, repr((data.questions, data.answers)).encode())
     sets = source.mixture.sets if hasattr(source, "mixture") else ()
-    made = [data for data in sets if is_dataclass(getattr(data, "records", None))]             # drawn from settings alone
+    made = [data for data in sets if is_dataclass(getattr(data, "records", None))]    # drawn from settings alone
     yield from (repr(data.records).encode() for data in made)
     sets = [data for data in sets if data not in made]
     for data, i in ((data, i) for data in sets for i in range(0, len(data), max(len(data) // most, 1))):
