@@ -23,7 +23,7 @@ def test_the_preset_reads_things_first_and_then_scenes_too(plan):
     rows = {name: source[0] for name, source in plan.sources.items()}
     asked = {name: plan.model.tokenizer.decode_batch(batch.input_ids.tolist()) for name, batch in rows.items()}
     assert all(batch.images.shape == (12, 3, 64, 64) for batch in rows.values())
-    assert len(asked["names"]) == 24 and sum("what is this ?" in text for text in asked["names"]) == 12
+    assert len(asked["names"]) == 12 and sum("what is this ?" in text for text in asked["names"]) == 12
     assert any("what is in the picture ?" in text for text in asked["scenes"]) and any("what is this ?" in text for text in asked["scenes"])
     again = plan.sources["scenes"][0]
     assert torch.equal(again.images, rows["scenes"].images) and torch.equal(again.input_ids, rows["scenes"].input_ids)
@@ -47,7 +47,7 @@ def test_recall_init_reads_an_average_before_anything_is_learned():
         language = VLMamba(emoji_config(40)).language
         if recall:
             recall_init(language)
-        x = torch.randn(4, 16, 192, requires_grad=True)
+        x = torch.randn(4, 16, 128, requires_grad=True)
         hidden, _ = language.hidden(inputs_embeds=x)
         hidden[:, -1].sum().backward()
         size = x.grad.norm(dim=(0, 2))                                 # of the influence of each position on the last

@@ -64,7 +64,7 @@ class EasyVQA(Form):
     phases: tuple[tuple[float, tuple[float, float, float, float, float]], ...] | None = None  # the course's
 
 
-EMOJI_DATA = {"names": ["emoji-things"], "scenes": ["emoji-things", "emoji-scenes"]}     # names in BUILT_IN, by stage
+EMOJI_DATA = {"names": ["emoji-names"], "scenes": ["emoji-things", "emoji-scenes"]}     # names in BUILT_IN, by stage
 
 
 class Settings(Form):

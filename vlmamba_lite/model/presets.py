@@ -65,12 +65,12 @@ def tiny_config(vocab_size):
 
 
 def emoji_config(vocab_size):
-    "A model of 16 visual tokens that names drawings: 1.0 M parameters, most of them in the vision encoder."
+    "A model of 16 visual tokens that names drawings: 0.9 M parameters, most of them in the vision encoder."
     return VLMambaConfig(
         vision=dict(dim=192, widths=[16, 48, 128], image_size=64), connector="vss_l2",     # few channels where wide
         connector_args=dict(scan="bsm", d_state=8, expand=1),
         language=MambaConfig(
-            d_model=192, n_layer=2, vocab_size=vocab_size, mixer="mamba2", pad_vocab_size_multiple=1,
+            d_model=128, n_layer=2, vocab_size=vocab_size, mixer="mamba2", pad_vocab_size_multiple=1,
             mixer_args=dict(d_state=32, headdim=32, expand=1, chunk_size=32,
                             A_init_range=[0.01, 0.1], dt_min=0.03, dt_max=0.3),            # forgets slowly
             embedding_std=0.2))
