@@ -102,7 +102,10 @@ def twin(items, question):
     "The set of right answers to a question as it is written, from squares in half pixels: another way than the library's."
     x, y = ({i.drawing.name: 2 * at(i) + i.size for i in items} for at in (lambda i: i.left, lambda i: i.top))
     further = {"left of": lambda a, b: x[b] - x[a], "right of": lambda a, b: x[a] - x[b], "above": lambda a, b: y[b] - y[a], "below": lambda a, b: y[a] - y[b]}
-    number = lambda plural: sum(i.drawing.subgroup in SUBGROUPS[plural] for i in items)
+
+    def number(plural):
+        return sum(i.drawing.subgroup in SUBGROUPS[plural] for i in items)
+
     if found := re.fullmatch("what is (left of|right of|above|below) the (.+)\\?", question):
         side, name = found.groups()
         pixels = {a: further[side](a, name) for a in x if a != name}                       # 12 half pixels: the margin
@@ -143,7 +146,8 @@ def test_a_varied_drawing_stays_itself_and_a_clock_is_never_mirrored():
     assert {"oclock", "left"} <= HANDED
     things = {(d.artist, d.name): d for d in load_emoji("train")}
     white = Image.new("RGBA", (64, 64), "white")
-    gray = lambda picture: np.asarray(Image.alpha_composite(white, picture).convert("L"), float)
+    def gray(picture):
+        return np.asarray(Image.alpha_composite(white, picture).convert("L"), float)
     for key, mirrors in ((("twemoji", "three oclock"), False), (("twemoji", "key"), True)):
         rng, drawing = np.random.default_rng(0), things[key]
         plain, turned = gray(drawing.picture(64)), 0

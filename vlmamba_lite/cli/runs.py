@@ -26,7 +26,7 @@ from ..data.emoji import EmojiVQA, emoji_tokenizer
 from ..data.easy_vqa import VQABatches, build_set, load_easy_vqa
 from ..evaluation.answers import (accuracy_by_type, answer_all, baselines, conversation_samples, evaluate,
                                              pick_samples, plot_samples, sample_sheet)
-from ..evaluation.emoji import emoji_floors, emoji_samples, emoji_scores
+from ..evaluation.emoji import emoji_floors, emoji_samples, emoji_scores, say_names
 from ..model.memory import memory_estimate, memory_table, parameter_table, whole_part
 from ..model.presets import (ABLATIONS, LANGUAGE_MODELS, MODEL_PRESETS, PAPER_PRESETS, VISION_ENCODERS,
                                         preset_config, published_sources, recall_init)
@@ -217,7 +217,8 @@ def finish_emoji(plan, folder):
     "Reads the test artist's drawings: scores and floors for the result, and samples.png."
     model, records = plan.model.eval(), EmojiVQA("test", 24, (2, 3, 4), seed=5)
     sample_sheet(emoji_samples(model, records), folder / "samples.png")
-    return dict(test=emoji_scores(model, "test", 400), floors=emoji_floors("test", 400))
+    wrong = {name: said for name, said in say_names(model, "test") if said != name}
+    return dict(test=emoji_scores(model, "test", 400), floors=emoji_floors("test", 400), wrong_names=wrong)
 
 
 def finish_conversations(plan, folder, held):
