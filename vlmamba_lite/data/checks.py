@@ -26,7 +26,7 @@ from .sort_of_clevr import sort_of_clevr
 # %% ../../nbs/data/checks.ipynb #09256a45
 _varied = partial(emoji_vqa, "train", 1_000_000, varied=True, side=64)         # never the same picture twice
 BUILT_IN = {"easy-vqa": lambda: easy_vqa_set("train"), "sort-of-clevr": lambda: sort_of_clevr(10_000),
-            "emoji": lambda: emoji_vqa("train"), "emoji-names": lambda: _varied((1,), turns=1),
+            "emoji": lambda: emoji_vqa("train"), "emoji-names": lambda: _varied((1,), turns=1, textured=0.2),
             "emoji-things": lambda: _varied((1,), turns=3), "emoji-scenes": lambda: _varied((2, 3, 4), turns=4)}
 
 

@@ -110,14 +110,15 @@ def random_items(drawings, rng, count, sizes=(22, 48)):
     return tuple(items)
 
 
-def draw_items(items, rng, varied=False, side=PAGE):
-    "A scene as a PIL picture, (side, side) RGB, on a ground drawn by rng; `varied`, as of `Drawing`, for training."
+def draw_items(items, rng, varied=False, side=PAGE, textured=2 / 3):
+    """A scene as a PIL picture, (side, side) RGB, on a ground drawn by rng; `varied`, as of `Drawing`, for training.
+    textured: the share of grounds with stripes or specks."""
     ground, other = rng.integers(0 if varied and rng.random() < 0.2 else 170, 256, (2, 3)).tolist()
-    page, kind = Image.new("RGB", (side, side), tuple(ground)), ("plain", "stripes", "specks")[rng.integers(3)]
-    if kind != "plain":                                                # where the ground has its second colour
+    page = Image.new("RGB", (side, side), tuple(ground))
+    if rng.random() < textured:                                        # where the ground has its second colour
         y, x = np.ogrid[:side, :side]
         stripes = (x + rng.integers(-1, 2) * y) // rng.integers(3, 12) % 2 == 0
-        second = stripes if kind == "stripes" else rng.random((side, side), np.float32) < 0.1
+        second = stripes if rng.random() < 0.5 else rng.random((side, side), np.float32) < 0.1
         second = Image.fromarray(np.broadcast_to(second, (side, side)).astype(np.uint8) * 255)
         page.paste(tuple(other), None, second)
     for item in items:
@@ -195,7 +196,7 @@ ALWAYS = ("name", "list")                      # the kinds that say most: a reco
 class EmojiVQA:
     """The records of EmojiVQA: `records[i]` is a function of these settings and i.
 
-    varied: drawn as of `Drawing.varied`; side: of the pictures, in pixels; turns: at most so many questions, by chance,
+    varied, textured: as of `draw_items`; side: of the pictures, in pixels; turns: at most so many questions, by chance,
     and always one of the kinds ALWAYS."""
     split: str
     count: int
@@ -204,6 +205,7 @@ class EmojiVQA:
     varied: bool = False
     side: int = PAGE
     turns: int | None = None
+    textured: float = 2 / 3
 
     def __len__(self):
         return self.count
@@ -212,7 +214,7 @@ class EmojiVQA:
         rng = np.random.default_rng((self.seed, i))
         count = int(rng.choice(self.things))
         items = random_items(load_emoji(self.split), rng, count, sizes=(64, 88) if count == 1 else (22, 48))
-        image = draw_items(items, rng, self.varied, self.side)
+        image = draw_items(items, rng, self.varied, self.side, self.textured)
         turns = emoji_turns(items, rng)
         if self.turns is not None:
             turns = sorted((turns[k] for k in rng.permutation(len(turns))), key=lambda turn: turn[0] not in ALWAYS)

@@ -17,11 +17,12 @@ from .answers import answer
 
 # %% ../../nbs/evaluation/emoji.ipynb #11ab45ab
 def name_pages(split, seed=0):
-    "[(page, name)] of every drawing of a split, each alone on a page as EmojiVQA draws one thing."
+    "[(page, name)] of every drawing of a split, each alone on a page as EmojiVQA draws one thing, on a plain ground."
     pages = []
     for i, drawing in enumerate(load_emoji(split)):
         rng = np.random.default_rng((seed, i))
-        pages.append((draw_items(random_items([drawing], rng, 1, sizes=(64, 88)), rng), drawing.name))
+        item = random_items([drawing], rng, 1, sizes=(64, 88))
+        pages.append((draw_items(item, rng, textured=0), drawing.name))
     return pages
 
 
