@@ -106,8 +106,8 @@ _LITE = Stage(
     final_lr=0.01,
     evaluations=6,
     source="this course, chosen on validation pictures")
-_NAMES = replace(_LITE, name="names", steps=1800, lr=8e-3, batch_size=96, evaluations=3, max_length=48)
-_SCENES = replace(_NAMES, name="scenes", steps=700, lr=4e-3, evaluations=2)
+_NAMES = replace(_LITE, name="names", steps=2400, lr=6e-3, batch_size=64, evaluations=3, max_length=48)
+_SCENES = replace(_NAMES, name="scenes", steps=700, lr=3e-3, evaluations=2)
 RECIPES |= {"lite": (_LITE,), "tiny": (replace(_LITE, steps=60, batch_size=16, evaluations=2),),
             "emoji": (_NAMES, _SCENES)}
 
