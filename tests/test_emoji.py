@@ -5,10 +5,12 @@ import torch
 
 from vlmamba_lite.cli.runs import make_plan
 from vlmamba_lite.cli.settings import resolve_settings
-from vlmamba_lite.data.emoji import EmojiVQA, Drawing, load_emoji
+from vlmamba_lite.data.batches import Batches, Mixture
+from vlmamba_lite.data.emoji import Drawing, EmojiVQA, emoji_vqa, load_emoji
 from vlmamba_lite.evaluation import emoji as scores
 from vlmamba_lite.model.presets import emoji_config, recall_init
 from vlmamba_lite.model.vlmamba import VLMamba
+from vlmamba_lite.training.run import fingerprint
 from vlmamba_lite.vision.encoders import ConvEncoder
 
 
@@ -30,6 +32,14 @@ def test_the_preset_reads_things_first_and_then_scenes_too(plan):
     loss = plan.model.train()(rows["scenes"]).loss
     loss.backward()
     assert torch.isfinite(loss) and all(p.grad is not None for p in plan.model.parameters())
+
+
+def test_a_generated_set_is_known_by_its_settings_and_not_drawn(monkeypatch):
+    def of(**options):
+        return fingerprint(Batches(Mixture([emoji_vqa("train", 10**6, **options)]), None))
+    monkeypatch.setattr(EmojiVQA, "__getitem__", None)                 # a picture drawn would fail
+    assert of(seed=0) == of(seed=0) and of(seed=0)["samples"] == 10**6
+    assert len({of(**options)["checksum"] for options in ({}, {"seed": 1}, {"varied": True}, {"things": (1,)}, {"turns": 2})}) == 5
 
 
 @pytest.mark.parametrize("changes, on", [({}, True), ({"stages": ["names"]}, True), ({"recipe": "lite"}, False),
