@@ -11,8 +11,8 @@ from PIL import Image
 
 from vlmamba_lite.data.checks import check_data
 from vlmamba_lite.data.conversations import build_tokenizer, encode_conversation
-from vlmamba_lite.data.emoji import (APART, ARTISTS, CLASSES, ONE, PAGE, SCENE, SIDES, Drawing, EmojiVQA, Item, blind_floor, draw_items,
-                                     emoji_answer, emoji_vqa, load_emoji, random_items, same_list)
+from vlmamba_lite.data.emoji import (ALWAYS, APART, ARTISTS, CLASSES, HANDED, ONE, PAGE, SCENE, SIDES, Drawing, EmojiVQA, Item, blind_floor,
+                                     draw_items, emoji_answer, emoji_tokenizer, emoji_turns, emoji_vqa, load_emoji, random_items, same_list)
 
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "emoji"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -90,11 +90,93 @@ def test_answers_of_scenes_made_by_hand(items, asked, answer):
     assert emoji_answer(items, *asked) == answer
 
 
+SUBGROUPS = {"animals": {"animal-mammal", "animal-bird", "animal-amphibian", "animal-reptile", "animal-marine", "animal-bug"}, "birds": {"animal-bird"},
+             "plants": {"plant-flower", "plant-other"}, "fruits": {"food-fruit"}, "drinks": {"drink"}, "buildings": {"place-building"},
+             "things to eat": {"food-fruit", "food-vegetable", "food-prepared", "food-asian", "food-marine", "food-sweet"},
+             "pieces of clothing": {"clothing"}, "tools": {"tool"}, "musical instruments": {"musical-instrument"}}
+ONE_OF = {"an animal": "animals", "a bird": "birds", "a plant": "plants", "a fruit": "fruits", "a drink": "drinks", "a building": "buildings",
+          "something to eat": "things to eat", "clothing": "pieces of clothing", "a tool": "tools", "a musical instrument": "musical instruments"}
+
+
+def twin(items, question):
+    "The set of right answers to a question as it is written, from squares in half pixels: another way than the library's."
+    x, y = ({i.drawing.name: 2 * at(i) + i.size for i in items} for at in (lambda i: i.left, lambda i: i.top))
+    further = {"left of": lambda a, b: x[b] - x[a], "right of": lambda a, b: x[a] - x[b], "above": lambda a, b: y[b] - y[a], "below": lambda a, b: y[a] - y[b]}
+
+    def number(plural):
+        return sum(i.drawing.subgroup in SUBGROUPS[plural] for i in items)
+
+    if found := re.fullmatch("what is (left of|right of|above|below) the (.+)\\?", question):
+        side, name = found.groups()
+        pixels = {a: further[side](a, name) for a in x if a != name}                       # 12 half pixels: the margin
+        return {a for a in pixels if pixels[a] > 12 and all(pixels[b] < -12 or pixels[b] == 0 for b in pixels if b != a)}
+    if found := re.fullmatch("how many (.+) are there\\?", question):
+        return {str(number(found[1]))}
+    if found := re.fullmatch("is (?:there|it) (.+)\\?", question):
+        return {"no" if number(ONE_OF[found[1]]) == 0 else "yes"}
+    if found := re.fullmatch("is the (.+) (left of|right of|above|below) the (.+)\\?", question):
+        pixels = further[found[2]](found[1], found[3])
+        return {"yes"} if pixels > 12 else {"no"} if pixels < -12 else set()
+    if question == "what is the largest thing?":
+        return {i.drawing.name for i in items if all(10 * i.size >= 13 * j.size for j in items if j is not i)}
+    if question == "what is in the picture?":
+        return {" + ".join(name for _, name in sorted((x[name], name) for name in x))}
+    name, kind = items[0].drawing.name, items[0].drawing.subgroup.replace("-", " ")
+    return {{"what is this?": name, "what kind of thing is it?": kind, "describe the picture": f"{name} {kind}"}[question]}
+
+
+def test_answers_are_those_of_an_independent_twin():
+    rng, seen = np.random.default_rng(8), Counter()
+    for count in (1, 2, 3, 4) * 60:
+        items = random_items(load_emoji("train"), rng, count)
+        for kind, question, answer in emoji_turns(items, rng):
+            right = twin(items, question)
+            assert len(right) == 1 and (answer in right or kind == "list" and same_list(answer, *right)), (items, question, answer, right)
+            seen[kind] += 1
+    assert min(seen[kind] for kind in (*ONE, *SCENE)) >= 25, seen
+
+
 def test_lists_are_sets():
     assert same_list("b + a b", "a b + b") and not same_list("a", "a + b") and not same_list("a + a", "a + b")
 
 
 # ---- drawn from a seed ----
+
+def test_a_varied_drawing_stays_itself_and_a_clock_is_never_mirrored():
+    assert {"oclock", "left"} <= HANDED
+    things = {(d.artist, d.name): d for d in load_emoji("train")}
+    white = Image.new("RGBA", (64, 64), "white")
+    def gray(picture):
+        return np.asarray(Image.alpha_composite(white, picture).convert("L"), float)
+    for key, mirrors in ((("twemoji", "three oclock"), False), (("twemoji", "key"), True)):
+        rng, drawing = np.random.default_rng(0), things[key]
+        plain, turned = gray(drawing.picture(64)), 0
+        for _ in range(40):
+            new = drawing.varied(64, rng)
+            assert new.size == (64, 64) and new.mode == "RGBA" and new.getbbox()
+            turned += abs(gray(new)[:, ::-1] - plain).mean() < abs(gray(new) - plain).mean()
+        assert (10 < turned < 30) if mirrors else turned < 8, (key, turned)
+    a, b = (drawing.varied(40, np.random.default_rng(3)) for _ in range(2))
+    assert a.tobytes() == b.tobytes() != drawing.picture(40).tobytes()
+
+
+def test_few_turns_begin_with_the_one_that_says_most_and_pages_have_the_size_asked_for():
+    for things in ((1,), (2, 3, 4)):
+        few, every = EmojiVQA("train", 20, things, 4, varied=True, side=64, turns=2), EmojiVQA("train", 20, things, 4)
+        for i in range(20):
+            record = few[i]
+            assert record["kinds"][0] in ALWAYS and len(record["kinds"]) == 2 and record["image"].size == (64, 64)
+            assert record["kinds"][0] == ("name" if things == (1,) else "list") and every[i]["image"].size == (PAGE, PAGE)
+    assert len({EmojiVQA("train", 200, (1,), 4, turns=2)[i]["kinds"][1] for i in range(60)}) == 3
+
+
+def test_the_tokenizer_knows_all_words_of_all_splits():
+    words = emoji_tokenizer()
+    assert emoji_tokenizer().to_str() == words.to_str()
+    for split in ARTISTS:
+        for i in range(60):
+            encode_conversation(emoji_vqa(split, 60, seed=9)[i], words, "lite")
+
 
 def test_squares_keep_apart_and_on_the_page():
     rng = np.random.default_rng(0)
@@ -128,7 +210,8 @@ def test_questions_are_in_the_words_of_their_kind_and_yes_is_as_frequent_as_no()
             said[kind][answer] += 1
     assert set(said) == {*ONE, *SCENE} and set(said["count"]) <= set("01234")
     for kind in ("there", "relation", "is"):
-        assert set(said[kind]) == {"yes", "no"} and 0.35 < said[kind]["yes"] / said[kind].total() < 0.65, (kind, said[kind])
+        yes, total = said[kind]["yes"], said[kind].total()
+        assert set(said[kind]) == {"yes", "no"} and abs(yes - total / 2) < 1.5 * total ** 0.5, (kind, said[kind])            # 3 sigma
 
 
 def test_a_word_level_tokenizer_can_say_every_answer_and_the_check_is_clean():

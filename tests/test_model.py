@@ -513,7 +513,7 @@ def test_a_state_of_another_width_or_none_at_all(make_model):
 # Configurations
 
 def test_presets():
-    assert set(MODEL_PRESETS) == {"lite", "tiny"}
+    assert set(MODEL_PRESETS) == {"lite", "tiny", "emoji"}
     sizes = {name: sum(p.numel() for p in VLMamba(preset(31)).parameters()) for name, preset in MODEL_PRESETS.items()}
     assert 350_000 < sizes["lite"] < 450_000 and sizes["tiny"] < 20_000
     config = lite_config(31)

@@ -324,7 +324,7 @@ def test_a_new_connector_without_a_scan_gets_none(monkeypatch, make_model):
 
 
 @pytest.mark.parametrize("call, match", [
-    (lambda: preset_config("vl-mamba-7b"), r"^preset: got 'vl-mamba-7b', need one of \['lite', 'ml-mamba-2.7b', 'tiny', "),
+    (lambda: preset_config("vl-mamba-7b"), r"^preset: got 'vl-mamba-7b', need one of \['emoji', 'lite', 'ml-mamba-2.7b', 'tiny', "),
     (lambda: preset_config("vl-mamba/t9/mlp"), "^preset: got 'vl-mamba/t9/mlp', need one of"),
     (lambda: preset_config("lite"), "^vocab_size: got None, need the number of words for the preset 'lite'$"),
     (lambda: preset_config("vl-mamba-2.8b", colour="red"), "^override: got colour, need some of vision, connector, connector_args, scan, language$"),

@@ -1,9 +1,10 @@
 """Builds emoji.parquet and the tables of README.md from eight npm packages: things as seven artists draw them.
 
-    pip install "resvg-py==0.5.0" pillow pyarrow datasets && python data/emoji/build.py [FOLDER]
+    pip install "resvg-py==0.5.0" pillow pyarrow datasets && python data/emoji/build.py [--check] [FOLDER]
 
 FOLDER: where the packages lie or are put by `npm pack`; by default a temporary one. The same packages give the same
-bytes: the last line printed is their SHA-256, which README.md states.
+bytes: the last line printed is their SHA-256, which README.md states. --check: writes nothing, fails where the bytes
+differ from those of emoji.parquet.
 """
 import hashlib
 import io
@@ -124,8 +125,9 @@ def build(folder):
 
 
 if __name__ == "__main__":
+    check, folders = "--check" in sys.argv, [text for text in sys.argv[1:] if text != "--check"]
     with tempfile.TemporaryDirectory() as temporary:
-        rows, kept, left_out = build(Path(sys.argv[1] if len(sys.argv) > 1 else temporary))
+        rows, kept, left_out = build(Path(folders[0] if folders else temporary))
     names = {}
     for row in rows:
         names.setdefault(row["name"], []).append(row["artist"])
@@ -133,9 +135,13 @@ if __name__ == "__main__":
     if twice:
         raise SystemExit(f"names: got {twice} twice")
     file = HERE / "emoji.parquet"
+    stands = file.read_bytes() if check else None
+    file = Path(tempfile.mkdtemp()) / file.name if check else file
     Dataset.from_list(rows, features=FEATURES).to_parquet(file)
     print("resvg", resvg_py.__resvg_version__, "webp", features.version("webp"))
     print(f"{len(rows):,} pictures of {len(names)} things, {file.stat().st_size:,} bytes")
     for title, counts in (("kept", kept), ("left out", left_out), ("pictures", Counter(row["artist"] for row in rows))):
         print(title, dict(counts))
     print(hashlib.sha256(file.read_bytes()).hexdigest())
+    if check and file.read_bytes() != stands:
+        raise SystemExit("emoji.parquet: got other bytes than those that stand here")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ELSEWHERE', 'prepare', 'model_tokenizer', 'TrainingPlan', 'words_of', 'make_plan', 'published_sizes', 'config_of',
-           'dry_run', 'TrainingBar', 'train_plan', 'run_plan', 'finish_easy', 'finish_conversations', 'run_training']
+           'dry_run', 'TrainingBar', 'train_plan', 'run_plan', 'finish_easy', 'finish_emoji', 'finish_conversations',
+           'run_training']
 
 # %% ../../nbs/cli/runs.ipynb #3b6e17e0
 from collections.abc import Callable
@@ -23,13 +24,15 @@ from .chat import pick_device
 from .settings import Settings, as_yaml, resolve_settings, run_folder
 from ..data.checks import open_data
 from ..data.conversations import SampleError, build_tokenizer, byte_tokenizer
+from ..data.emoji import EmojiVQA, emoji_tokenizer
 from ..data.easy_vqa import VQABatches, build_set, load_easy_vqa
 from ..evaluation.answers import (accuracy_by_type, answer_all, baselines, conversation_samples, evaluate,
                                              pick_samples, plot_samples, sample_sheet)
+from ..evaluation.emoji import emoji_floors, emoji_samples, emoji_scores, say_names
 from ..files import file_finder
 from ..model.memory import memory_estimate, memory_table, parameter_table, whole_part
 from ..model.presets import (ABLATIONS, LANGUAGE_MODELS, MODEL_PRESETS, PAPER_PRESETS, VISION_ENCODERS,
-                                        preset_config, published_sources)
+                                        preset_config, published_sources, recall_init)
 from ..model.saving import find_tokenizer, learn_words, read_config
 from ..model.vlmamba import VLMamba
 from ..training.distributed import leave_processes, main_process, process_device
@@ -57,7 +60,7 @@ def model_tokenizer(settings):
     if settings.tokenizer is not None:
         return find_tokenizer(settings.tokenizer, None)
     if settings.preset in MODEL_PRESETS:
-        return byte_tokenizer()
+        return emoji_tokenizer() if settings.on_emoji() else byte_tokenizer()
     return find_tokenizer(None, published_sources(settings.preset, **settings.changed_parts())["language"])
 
 # %% ../../nbs/cli/runs.ipynb #7fd612a9
@@ -105,6 +108,10 @@ def make_plan(settings, stages):
     else:
         model = VLMamba.from_preset(settings.preset, tokenizer, settings.weights, device, **settings.changed_parts())
     sources = {stage.name: stage_batches(model, sets[stage.name], stage, settings.seed) for stage in stages}
+    if settings.on_emoji():
+        recall_init(model.language)
+        measure = partial(emoji_scores, split="validation", count=60)
+        return TrainingPlan(settings, stages, model, sources, measure, finish_emoji)
     measure = None
     if held:
         batches = stage_batches(model, held, stages[-1], settings.seed)
@@ -221,6 +228,14 @@ def finish_easy(plan, folder, data):
     plot_samples(answers, data["test"], pick_samples(answers, data["test"]), folder / "samples.png")
     return dict(test_accuracy=scores["all"], accuracy_by_type=scores, test_questions=len(answers),
                 floors=baselines(data["train"], data["test"]))
+
+
+def finish_emoji(plan, folder):
+    "Reads the test artist's drawings: scores and floors for the result, and samples.png."
+    model, records = plan.model.eval(), EmojiVQA("test", 24, (2, 3, 4), seed=5)
+    sample_sheet(emoji_samples(model, records), folder / "samples.png")
+    wrong = {name: said for name, said in say_names(model, "test") if said != name}
+    return dict(test=emoji_scores(model, "test", 400), floors=emoji_floors("test", 400), wrong_names=wrong)
 
 
 def finish_conversations(plan, folder, held):

@@ -16,13 +16,17 @@ from pathlib import Path
 from .batches import Tally, collate, load_batches, open_pictures
 from .conversations import Codec, byte_tokenizer, encode_conversation, pick_template
 from .easy_vqa import easy_vqa_set
+from .emoji import emoji_vqa
 from .pictures import process_images
 from .records import hub_set, llava_set, read_record
 from .sort_of_clevr import sort_of_clevr
 from ..files import read_tokenizer
 
 # %% ../../nbs/data/checks.ipynb #09256a45
-BUILT_IN = {"easy-vqa": lambda: easy_vqa_set("train"), "sort-of-clevr": lambda: sort_of_clevr(10_000)}
+_varied = partial(emoji_vqa, "train", 1_000_000, varied=True, side=64)         # never the same picture twice
+BUILT_IN = {"easy-vqa": lambda: easy_vqa_set("train"), "sort-of-clevr": lambda: sort_of_clevr(10_000),
+            "emoji": lambda: emoji_vqa("train"), "emoji-names": lambda: _varied((1,), turns=1, textured=0.2),
+            "emoji-things": lambda: _varied((1,), turns=3), "emoji-scenes": lambda: _varied((2, 3, 4), turns=4)}
 
 
 def open_data(path, root=None):

@@ -106,7 +106,10 @@ _LITE = Stage(
     final_lr=0.01,
     evaluations=6,
     source="this course, chosen on validation pictures")
-RECIPES |= {"lite": (_LITE,), "tiny": (replace(_LITE, steps=60, batch_size=16, evaluations=2),)}
+_NAMES = replace(_LITE, name="names", steps=2400, lr=6e-3, batch_size=64, evaluations=3, max_length=48)
+_SCENES = replace(_NAMES, name="scenes", steps=700, lr=3e-3, evaluations=2)
+RECIPES |= {"lite": (_LITE,), "tiny": (replace(_LITE, steps=60, batch_size=16, evaluations=2),),
+            "emoji": (_NAMES, _SCENES)}
 
 # %% ../../nbs/training/17_recipes.ipynb #b51b07e8
 def pick_recipe(name):

@@ -11,7 +11,7 @@ import json
 import time
 from collections import deque
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -35,6 +35,9 @@ def _contents(source, most):
     if isinstance(data := getattr(source, "data", None), VQASet):
         yield from (data.images.numpy().data, repr((data.questions, data.answers)).encode())
     sets = source.mixture.sets if hasattr(source, "mixture") else ()
+    made = [data for data in sets if is_dataclass(getattr(data, "records", None))]    # drawn from settings alone
+    yield from (repr(data.records).encode() for data in made)
+    sets = [data for data in sets if data not in made]
     for data, i in ((data, i) for data in sets for i in range(0, len(data), max(len(data) // most, 1))):
         try:
             sample = data[i]

@@ -19,14 +19,18 @@ def conv_stage(inputs, outputs):
 
 # %% ../../nbs/vision/10_encoders.ipynb #91481657
 class ConvEncoder(nn.Module):
-    "A convolutional vision encoder for small pictures, trained from scratch, in the place of SigLIP or CLIP."
-    def __init__(self, dim, width=32, image_size=64):
+    """A convolutional vision encoder for small pictures, trained from scratch, in the place of SigLIP or CLIP.
+
+    widths: channels after each halving of the picture but the last, which has dim; by default (width, 2 * width)."""
+    def __init__(self, dim, width=32, image_size=64, widths=None):
         super().__init__()
-        check_sizes(dim=dim, width=width)
-        if not isinstance(image_size, int) or image_size < 8 or image_size % 8:
-            raise ValueError(f"image_size: got {image_size!r}, need a positive multiple of 8")
-        self.dim, self.image_size, self.side = dim, image_size, image_size // 8
-        self.stages = nn.Sequential(conv_stage(3, width), conv_stage(width, 2 * width), conv_stage(2 * width, dim))
+        widths = [3, *(widths or (width, 2 * width)), dim]
+        check_sizes(dim=dim, width=width, widths=min(widths))
+        cell = 2 ** (len(widths) - 1)                                    # pixels of the side of a token
+        if not isinstance(image_size, int) or image_size < cell or image_size % cell:
+            raise ValueError(f"image_size: got {image_size!r}, need a positive multiple of {cell}")
+        self.dim, self.image_size, self.side = dim, image_size, image_size // cell
+        self.stages = nn.Sequential(*map(conv_stage, widths, widths[1:]))
         self.refine = nn.Conv2d(dim, dim, 3, padding=1)                  # neighbours meet once more, on the token grid
         self.position = nn.Parameter(0.02 * torch.randn(self.side ** 2, dim))
         self.norm = nn.RMSNorm(dim, eps=1e-5)
