@@ -127,7 +127,7 @@ SIDEWAYS = """() => {
   const name = e => e.tagName.toLowerCase() + (e.id ? "#" + e.id : "") + [...e.classList].slice(0, 2).map(c => "." + c).join("") + " " + JSON.stringify(e.textContent.trim().slice(0, 40));
   return [document.documentElement.scrollWidth, wide.filter(e => !wide.some(o => o !== e && e.contains(o))).slice(0, 3).map(name)];
 }"""
-AXE = """() => axe.run(document, {resultTypes: ["violations"]}).then(r => r.violations.filter(v => ["serious", "critical"].includes(v.impact))
+AXE = """() => axe.run(document, {resultTypes: ["violations"], preload: false}).then(r => r.violations.filter(v => ["serious", "critical"].includes(v.impact))
   .map(v => [v.impact, v.id, v.nodes.length, v.nodes[0].target.join(" ")]))"""
 
 
@@ -172,7 +172,7 @@ def check_in_browser(folder, pages, axe=None, online=False):
                 if not online:
                     context.route(lambda url: not url.startswith(start), lambda route: route.fulfill(status=200, body=""))
                 page = context.new_page()
-                page.on("console", lambda m: said.append(m.text) if m.type == "error" and m.location.get("url", start).startswith(start) or not online else None)
+                page.on("console", lambda m: said.append(m.text) if m.type == "error" and m.location["url"].startswith((start, "about:")) else None)
                 page.on("pageerror", lambda error: said.append(str(error)))
                 page.on("response", lambda r: said.append(f"{r.status} {r.url.removeprefix(start)}") if r.status >= 400 and r.url.startswith(start) else None)
                 yield from look_at(page, name, start, axe)
