@@ -133,8 +133,8 @@ def sidebar():
             room = room_of(page)
             lines.append(f"{' ' * (14 if room else 10)}{entry(page)}")
         return lines
-    workshop = [page for page in house.pages() if house.module_of(page) and house.number(page) is None]
-    workshop.sort(key=lambda page: (house.floor(house.module_of(page)), page))
+    workshop = [page for page in house.pages() if house.number(page) is None and (house.module_of(page) or room_of(page))]
+    workshop.sort(key=lambda page: (house.floor(house.module_of(page) or room_of(page)), page))
     return "\n".join([
         "# Written by tests/refresh.py from the files below nbs.", "website:", "  sidebar:", "    contents:", "      - index.ipynb", "      - live.ipynb",
         "      - section: Course", "        contents:", *grouped(house.chapters()),
