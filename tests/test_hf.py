@@ -381,6 +381,12 @@ def test_the_command_line_goes_on_with_a_model_and_learns_words(folder, tmp_path
     fresh = VLMamba.from_pretrained(folder)
     assert learn_words(fresh, ["An okapi: what is this?"]) == ["an", "okapi", "this"] and fresh.language.lm_head.weight is fresh.language.backbone.embedding.weight
     assert torch.equal(fresh.language.lm_head.weight[:words], old.language.lm_head.weight) and learn_words(fresh, ["an okapi"]) == []
+    drawn = []
+    for _ in range(6):                                               # a seed says which vectors
+        torch.manual_seed(0)
+        learn_words(again := VLMamba.from_pretrained(folder), ["an okapi"])
+        drawn.append((again, again.language.lm_head.weight))
+    assert all(torch.equal(weight, drawn[0][1]) for _, weight in drawn)
     ids = torch.tensor([[3, 4, 5]])
     assert torch.allclose(fresh.language(ids).logits[..., :words], old.language(ids).logits, atol=1e-6)
     dry = command(*given, "--dry-run")
