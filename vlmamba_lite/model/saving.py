@@ -219,7 +219,7 @@ def learn_words(model, texts):
     if new:
         old, language = model.config.language, model.language
         config = model.config.language = language.config = replace(old, vocab_size=model.tokenizer.get_vocab_size())
-        for table in {language.backbone.embedding, language.lm_head}:
+        for table in [language.backbone.embedding, language.lm_head][:1 if config.tie_embeddings else 2]:
             rows = torch.empty(config.padded_vocab_size, config.d_model).normal_(std=config.embedding_std)
             rows[:old.vocab_size] = table.weight[:old.vocab_size].float()
             table.weight = nn.Parameter(rows.to(table.weight))
