@@ -424,7 +424,7 @@ def test_results_that_could_not_be_written_are_refused_before_the_work(quick, tm
 
     def read_only(**_):
         raise OSError(30, "Read-only file system")
-    monkeypatch.setattr(A.tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr("vlmamba_lite.files.TemporaryFile", read_only)
     with pytest.raises(ValueError, match="^output: got"):
         A.run_grid(["a"], ["one"], 1, tmp_path / "new", dry_run=dry_run)
     assert (tmp_path / "file").read_text() == "mine" and sorted(p.name for p in tmp_path.iterdir()) == ["file"]
