@@ -213,7 +213,7 @@ class VLMambaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self
 
     def __setattr__(self, name, value):
-        "As of every module; a `forward` with another loss, as TRL puts in its place, gets no label at <image>, either."
+        "As of every module; a `forward` with another loss, as TRL sets one, gets no label at `<image>`, either."
         if name != "forward":
             return super().__setattr__(name, value)
 

@@ -149,7 +149,7 @@ class VLMambaProcessor(ProcessorMixin):
         return cls(images, tokenizer, fields["image_seq_length"], chat)
 
     def encode(self, text):
-        "A text with <image> for each picture -> ids, with V for each, and where each stands in the text: (from, to)."
+        "A text with `<image>` for each picture -> ids, with V for each, and where each stands in the text: (from, to)."
         ids, spans, start = [], [], 0
         for piece in text.split(SEPARATOR):
             new = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
@@ -163,7 +163,7 @@ class VLMambaProcessor(ProcessorMixin):
     def __call__(self, images=None, text=None, videos=None, audio=None, padding=False, padding_side=None,
                  truncation=False, max_length=None, pad_to_multiple_of=None, return_tensors=None,
                  return_offsets_mapping=False, add_special_tokens=False, **unknown):
-        """Texts, in which <image> stands for a picture, and their pictures in that order -> `BatchFeature`.
+        """Texts, in which `<image>` stands for a picture, and their pictures in that order -> `BatchFeature`.
 
         Raises ValueError for too few or too many pictures, and where `max_length` would cut through one."""
         unknown.pop("return_text_replacement_offsets", None)             # spans are of the text before <image> grows
