@@ -1,5 +1,6 @@
 """What the tests of the whole model share: a small part of easy-VQA, and models small enough to run in no time."""
 import os
+import shutil
 import signal
 import time
 from types import SimpleNamespace
@@ -64,3 +65,16 @@ def make_model(small):
             return VLMamba(config, small.tokenizer)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "Chromium, for the tests of pages; they are skipped where it or playwright is missing."
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the [dev] extra")
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

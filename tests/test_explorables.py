@@ -2,7 +2,6 @@
 import json
 import math
 import re
-import shutil
 from html import unescape
 from pathlib import Path
 
@@ -29,17 +28,6 @@ def stored(name):
 
 def values_of(name):
     return json.loads(unescape(re.search(r'data-values="([^"]*)"', stored(name))[1]))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("needs Chromium")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ import base64
 import json
 import os
 import re
-import shutil
 import time
 from html import unescape
 from pathlib import Path
@@ -53,17 +52,6 @@ def cases(model):
     "Test pictures (n, 3, 64, 64) with one question each: all kinds of questions in turn."
     rows = load_easy_vqa("test").select(range(COUNT))
     return process_images(rows["image"], 64), [row["questions"][i % len(row["questions"])] for i, row in enumerate(rows)]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("needs Chromium")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
